@@ -1,0 +1,212 @@
+// Hash encoding on the CPU. Forward and the gradient of x go level by level, so that one level's
+// table stays in cache; the gradient of the table goes by (level, range of its rows): each row is
+// written by one thread, in the order of the points, without atomics.
+#include "hash_encode.h"
+
+#include <cstring>
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the machine's are never passed
+
+namespace df {
+namespace DF_ISA {
+namespace {
+
+constexpr int64_t GRAIN = 4096;  // points a chunk
+constexpr int BLOCK = 64;        // points whose cells are computed together, in vector registers
+
+// The features of one row, as one value.
+template <class T, int F> struct Features {
+  typedef T type __attribute__((vector_size(F * sizeof(T))));
+};
+template <class T> struct Features<T, 1> { typedef T type; };
+
+template <class V, class T> inline V load(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class T> inline void store(T* p, V v) { std::memcpy(p, &v, sizeof v); }
+template <class V, class T> inline V lerp(V a, V b, T w) { return a + w * (b - a); }
+
+// Calls f(F, dense) with integral constants.
+template <class F> void on_grid(int n_features, bool dense, const F& f) {
+  const auto with = [&](auto features) {
+    if (dense) f(features, std::true_type());
+    else f(features, std::false_type());
+  };
+  if (n_features == 1) with(std::integral_constant<int, 1>());
+  else if (n_features == 2) with(std::integral_constant<int, 2>());
+  else if (n_features == 4) with(std::integral_constant<int, 4>());
+  else with(std::integral_constant<int, 8>());
+}
+
+// The cells of up to BLOCK points on one level, one array a quantity.
+template <class T> struct Cells {
+  uint32_t x[BLOCK], y[BLOCK], z[BLOCK];     // keys of the lower corner
+  T wx[BLOCK], wy[BLOCK], wz[BLOCK];         // weights of the upper one
+  T sx[BLOCK], sy[BLOCK], sz[BLOCK];         // their slopes
+};
+template <bool SMOOTH, class T>
+inline void find_cells_as(const T* x, int n, const HashGrid& grid, Cells<T>& c) {
+  const uint32_t resolution = grid.resolution, step_y = grid.step_y, step_z = grid.step_z;
+  for (int i = 0; i < n; ++i) {
+    const HashAxis<T> ax = hash_axis(x[3 * i], resolution, SMOOTH);
+    const HashAxis<T> ay = hash_axis(x[3 * i + 1], resolution, SMOOTH);
+    const HashAxis<T> az = hash_axis(x[3 * i + 2], resolution, SMOOTH);
+    c.x[i] = ax.cell;
+    c.y[i] = ay.cell * step_y;
+    c.z[i] = az.cell * step_z;
+    c.wx[i] = ax.weight, c.wy[i] = ay.weight, c.wz[i] = az.weight;
+    c.sx[i] = ax.slope, c.sy[i] = ay.slope, c.sz[i] = az.slope;
+  }
+}
+template <class T>
+__attribute__((noinline)) void find_cells(const HashEncodeArgs<T>& a, const HashGrid& grid,
+                                          int64_t first, int n, Cells<T>& c) {
+  if (a.smoothstep) find_cells_as<true>(a.x + 3 * first, n, grid, c);
+  else find_cells_as<false>(a.x + 3 * first, n, grid, c);
+}
+
+// The rows of point i's eight corners; bit 0 of the corner is x.
+template <bool DENSE, class T>
+inline void corner_rows(const Cells<T>& c, int i, const HashGrid& grid, uint32_t* rows) {
+  for (int k = 0; k < 8; ++k)
+    rows[k] = hash_row<DENSE>(c.x[i] + (k & 1), c.y[i] + (k & 2 ? grid.step_y : 0),
+                              c.z[i] + (k & 4 ? grid.step_z : 0), grid.mask);
+}
+
+// Calls f(cells, i, row) for every point from begin to end.
+template <class T, class F>
+inline void for_points(const HashEncodeArgs<T>& a, const HashGrid& grid, int64_t begin,
+                       int64_t end, const F& f) {
+  Cells<T> cells;
+  for (int64_t first = begin; first < end; first += BLOCK) {
+    const int n = int(min<int64_t>(BLOCK, end - first));
+    find_cells(a, grid, first, n, cells);
+    for (int i = 0; i < n; ++i) f(cells, i, first + i);
+  }
+}
+
+template <int F, bool DENSE, class T>
+void encode(const HashEncodeArgs<T>& a, int level, int64_t begin, int64_t end) {
+  using V = typename Features<T, F>::type;
+  const HashGrid grid = hash_grid(a.levels, level);
+  const T* table = a.table + F * grid.offset;
+  for_points(a, grid, begin, end, [&](const Cells<T>& c, int i, int64_t point) {
+    uint32_t rows[8];
+    corner_rows<DENSE>(c, i, grid, rows);
+    V v[4];
+    for (int k = 0; k < 4; ++k)
+      v[k] = lerp(load<V>(table + int64_t(F) * rows[2 * k]),
+                  load<V>(table + int64_t(F) * rows[2 * k + 1]), c.wx[i]);
+    const V low = lerp(v[0], v[1], c.wy[i]), high = lerp(v[2], v[3], c.wy[i]);
+    store(a.out + F * (a.n_levels * point + level), lerp(low, high, c.wz[i]));
+  });
+}
+
+template <int F, bool DENSE, class T>
+void encode_grad_x(const HashEncodeArgs<T>& a, int level, int64_t begin, int64_t end) {
+  const HashGrid grid = hash_grid(a.levels, level);
+  const T* table = a.table + F * grid.offset;
+  for_points(a, grid, begin, end, [&](const Cells<T>& c, int i, int64_t point) {
+    uint32_t rows[8];
+    corner_rows<DENSE>(c, i, grid, rows);
+    const T* g = a.grad_out + F * (a.n_levels * point + level);
+    T s[8];
+    for (int k = 0; k < 8; ++k) {
+      s[k] = g[0] * table[int64_t(F) * rows[k]];
+      for (int f = 1; f < F; ++f) s[k] += g[f] * table[int64_t(F) * rows[k] + f];
+    }
+    const vec3<T> d = hash_weight_gradient(s, c.wx[i], c.wy[i], c.wz[i]);
+    T* grad = a.grad_x + 3 * point;
+    grad[0] += c.sx[i] * d.x;
+    grad[1] += c.sy[i] * d.y;
+    grad[2] += c.sz[i] * d.z;
+  });
+}
+
+// Adds every point's share to the level's rows [low, high); RANGED: these are not all.
+template <int F, bool DENSE, bool RANGED, class T>
+void encode_grad_table(const HashEncodeArgs<T>& a, int level, int64_t points, int64_t low,
+                       int64_t high) {
+  using V = typename Features<T, F>::type;
+  const HashGrid grid = hash_grid(a.levels, level);
+  T* grad = a.grad_table + F * grid.offset;
+  fill_zero(grad, F * low, F * high);
+  for_points(a, grid, 0, points, [&](const Cells<T>& c, int i, int64_t point) {
+    uint32_t rows[8];
+    corner_rows<DENSE>(c, i, grid, rows);
+    const V g = load<V>(a.grad_out + F * (a.n_levels * point + level));
+    const V z1 = g * c.wz[i], z0 = g - z1;
+    const V y1 = z0 * c.wy[i], y3 = z1 * c.wy[i], y0 = z0 - y1, y2 = z1 - y3;
+    const V y[4] = {y0, y1, y2, y3};
+    for (int k = 0; k < 8; ++k) {
+      if (RANGED && !(rows[k] >= low && rows[k] < high)) continue;
+      const V upper = y[k / 2] * c.wx[i];
+      T* p = grad + int64_t(F) * rows[k];
+      store(p, load<V>(p) + (k & 1 ? upper : y[k / 2] - upper));
+    }
+  });
+}
+
+int threads() {
+#ifdef _OPENMP
+  return num_threads > 0 ? num_threads : omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+template <class T> void grad_table(const HashEncodeArgs<T>& a, int64_t valid) {
+  // Ranges a level: enough work for all threads; they change no sum.
+  const int ranges = threads() == 1 ? 1 : max(1, (3 * threads() + a.n_levels - 1) / a.n_levels);
+  parallel_for(int64_t(a.n_levels) * ranges, 1, [&](int64_t task, int64_t) {
+    const int level = a.n_levels - 1 - int(task / ranges);  // the slow ones first
+    const HashGrid grid = hash_grid(a.levels, level);
+    const int64_t k = task % ranges, low = grid.rows * k / ranges;
+    const int64_t high = grid.rows * (k + 1) / ranges;
+    on_grid(a.n_features, grid.dense, [&](auto f, auto dense) {
+      constexpr int F = decltype(f)::value;
+      constexpr bool D = decltype(dense)::value;
+      if (ranges == 1) encode_grad_table<F, D, false>(a, level, valid, low, high);
+      else encode_grad_table<F, D, true>(a, level, valid, low, high);
+    });
+  });
+}
+
+}  // namespace
+
+template <class T> void hash_encode_forward(const HashEncodeArgs<T>& a, Stream) {
+  const int64_t valid = valid_rows(a.count, a.n), row = a.n_levels * a.n_features;
+  const int64_t chunks = (a.n + GRAIN - 1) / GRAIN;
+  parallel_for(a.n_levels * chunks, 1, [&](int64_t task, int64_t) {  // level by level
+    const int level = int(task / chunks);
+    const int64_t begin = task % chunks * GRAIN, end = min(a.n, begin + GRAIN);
+    const int64_t stop = clamp(valid, begin, end);
+    on_grid(a.n_features, hash_grid(a.levels, level).dense, [&](auto f, auto dense) {
+      encode<decltype(f)::value, decltype(dense)::value>(a, level, begin, stop);
+    });
+    if (level == 0) fill_zero(a.out, row * stop, row * end);
+  });
+}
+
+template <class T> void hash_encode_backward(const HashEncodeArgs<T>& a, Stream) {
+  const int64_t valid = valid_rows(a.count, a.n);
+  if (a.grad_table) grad_table(a, valid);
+  if (!a.grad_x) return;
+  for (int level = 0; level < a.n_levels; ++level) {
+    parallel_for(a.n, GRAIN, [&](int64_t begin, int64_t end) {
+      if (level == 0) fill_zero(a.grad_x, 3 * begin, 3 * end);
+      on_grid(a.n_features, hash_grid(a.levels, level).dense, [&](auto f, auto dense) {
+        encode_grad_x<decltype(f)::value, decltype(dense)::value>(a, level, begin,
+                                                                  clamp(valid, begin, end));
+      });
+    });
+  }
+}
+
+DF_INSTANTIATE(hash_encode_forward, HashEncodeArgs)
+DF_INSTANTIATE(hash_encode_backward, HashEncodeArgs)
+
+}  // namespace DF_ISA
+}  // namespace df

@@ -1,0 +1,93 @@
+// Multiresolution hash encoding (instant-ngp, Mueller et al. 2022), three dimensions.
+//
+// Level l is a grid of N_l cells a side over [0, 1]^3. A point p (clamped to the cube) lies at
+//   pos = N_l p,   cell c = min(floor(pos), N_l - 1),   fraction f = pos - c in [0, 1],
+// without instant-ngp's offset of half a cell, and its features are the trilinear interpolation of
+// the table's at the eight corners, with weights f or, "smoothstep", f^2 (3 - 2 f).
+// Corner (i, j, k) is row i + (N + 1) (j + (N + 1) k) of the level where those (N + 1)^3 rows fit,
+// and (i xor 2654435761 j xor 805459861 k) mod 2^log2_table_size, 32 bits wide, where not.
+// NaN: its cell is N - 1, its fraction is NaN.
+#pragma once
+
+#include "common.h"
+
+namespace df {
+
+constexpr int HASH_MAX_LEVELS = 32;
+
+struct HashLevels {                      // ops/hash_encode.py: hash_table_rows
+  int32_t resolution[HASH_MAX_LEVELS];   // N_l, 1..2^20
+  int64_t offset[HASH_MAX_LEVELS + 1];   // first row of each level; the last: number of rows
+};
+
+template <class T> struct HashEncodeArgs {
+  const T* x;            // (n, 3) points, clamped to [0, 1]
+  const T* table;        // (rows, n_features)
+  const T* grad_out;     // (n, n_levels * n_features) gradient of out; backward only
+  T* out;                // (n, n_levels * n_features) features, level by level
+  T* grad_x;             // (n, 3) gradient of x, or null: not wanted; backward only
+  T* grad_table;         // (rows, n_features) gradient of table, or null; backward only
+  const int32_t* count;  // (1,) number of valid rows, or null: all
+  int64_t n;             // points
+  int n_levels;          // 1..32
+  int n_features;        // 1, 2, 4 or 8
+  bool smoothstep;       // else linear
+  HashLevels levels;
+};
+
+inline namespace DF_ISA {
+
+// A level as the loops use it. The row of a corner is made of one key a coordinate, i, j * step_y
+// and k * step_z; a neighbour's key is one step further.
+struct HashGrid {
+  int64_t offset, rows;
+  uint32_t resolution, step_y, step_z, mask;
+  bool dense;
+};
+DF_HD HashGrid hash_grid(const HashLevels& levels, int l) {
+  const uint32_t resolution = uint32_t(levels.resolution[l]), side = resolution + 1;
+  const int64_t offset = levels.offset[l], rows = levels.offset[l + 1] - offset;
+  const bool dense = int64_t(side) * side * side <= rows;
+  return {offset, rows, resolution, dense ? side : 2654435761u, dense ? side * side : 805459861u,
+          uint32_t(rows - 1), dense};
+}
+template <bool DENSE> DF_HD uint32_t hash_row(uint32_t x, uint32_t y, uint32_t z, uint32_t mask) {
+  return DENSE ? x + y + z : (x ^ y ^ z) & mask;
+}
+
+// One coordinate's cell, weight of the upper corner, and that weight's derivative by x.
+template <class T> struct HashAxis { uint32_t cell; T weight, slope; };
+template <class T> DF_HD HashAxis<T> hash_axis(T x, uint32_t resolution, bool smoothstep) {
+  const T scale = T(int32_t(resolution));
+  // Rounded before it is used: a fused multiply-add would move the fraction out of the cell.
+#if defined(__CUDA_ARCH__)
+  T pos;
+  if constexpr (sizeof(T) == 4) pos = __fmul_rn(clamp(x, T(0), T(1)), scale);
+  else pos = __dmul_rn(clamp(x, T(0), T(1)), scale);
+#else
+  const T pos = clamp(x, T(0), T(1)) * scale;  // used twice: g++ and clang do not fuse it
+#endif
+  const int32_t last = int32_t(resolution) - 1;
+  const int32_t cell = pos < scale ? int32_t(pos) : last;  // NaN: last
+  const T f = pos - T(cell);
+  const T inside = x >= T(0) && x <= T(1) ? scale : T(0);
+  if (!smoothstep) return {uint32_t(cell), f, inside};
+  return {uint32_t(cell), f * f * (T(3) - T(2) * f), inside * T(6) * f * (T(1) - f)};
+}
+
+// The gradient of sum_c s_c w_c by the three weights; s: the corners' values, bit 0 of c is x.
+template <class T> DF_HD vec3<T> hash_weight_gradient(const T* s, T wx, T wy, T wz) {
+  const T y0 = s[0] + wx * (s[1] - s[0]), y1 = s[2] + wx * (s[3] - s[2]);  // z = 0
+  const T y2 = s[4] + wx * (s[5] - s[4]), y3 = s[6] + wx * (s[7] - s[6]);  // z = 1
+  const T d0 = s[1] - s[0], d1 = s[3] - s[2], d2 = s[5] - s[4], d3 = s[7] - s[6];
+  const T x0 = d0 + wy * (d1 - d0), x1 = d2 + wy * (d3 - d2);
+  const T z0 = y0 + wy * (y1 - y0), z1 = y2 + wy * (y3 - y2);
+  const T e0 = y1 - y0, e1 = y3 - y2;
+  return {x0 + wz * (x1 - x0), e0 + wz * (e1 - e0), z1 - z0};
+}
+
+}  // inline namespace DF_ISA
+}  // namespace df
+
+DF_DECLARE(hash_encode_forward, HashEncodeArgs)
+DF_DECLARE(hash_encode_backward, HashEncodeArgs)

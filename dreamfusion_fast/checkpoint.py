@@ -1,0 +1,49 @@
+"""Checkpoints of a run: one safetensors file, written beside the old one and renamed over it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT, VERSION = "dreamfusion_fast run", "1"
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call write(temporary path), flush it to disk and rename it to `path`: a crash at any moment
+    leaves the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    write(temporary)
+    with open(temporary, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def save(path: Path, tensors: dict[str, Tensor], config: dict) -> None:
+    """Write tensors and the run's config (JSON)."""
+    metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(config)}
+    contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    write_atomically(path, lambda p: save_file(contiguous, p, metadata))
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Read what save wrote. Raises ValueError, in one line, for a file that is missing, truncated,
+    not ours, or of another version."""
+    expected = f"checkpoint {path}: expected a {FORMAT} file of version {VERSION}"
+    try:
+        with safe_open(path, "pt") as f:
+            metadata = f.metadata() or {}
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise ValueError(f"{expected}, got no file") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{expected}, got a truncated or foreign file ({error})") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{expected}, got a safetensors file of something else")
+    if metadata.get("version") != VERSION:
+        raise ValueError(f"{expected}, got version {metadata.get('version')}")
+    return tensors, json.loads(metadata["config"])

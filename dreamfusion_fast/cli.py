@@ -1,0 +1,150 @@
+"""The command line. Bad input is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  help="Text to 3D by score distillation sampling, on our own kernels.")
+console = Console()
+
+Out = Annotated[Path, typer.Option(help="folder of the run")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: the best that works")]
+
+
+def main() -> None:
+    """Entry point: an expected error becomes one line and exit code 2; Ctrl-C 130."""
+    try:
+        app()
+    except ValueError as error:
+        message = " ".join(str(error).split())
+        Console(stderr=True, soft_wrap=True, highlight=False).print("error:", message, markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help='what to make, e.g. "a red car"')],
+    out: Out = Path("runs/latest"),
+    steps: Annotated[int | None, typer.Option(help="optimisation steps")] = None,
+    seed: Annotated[int | None, typer.Option(help="same seed, same result")] = None,
+    guidance: Annotated[str | None, typer.Option(
+        help="toybox (embedded), exemplar, or a diffusers pipeline's folder or hub name")] = None,
+    device: Device = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+) -> None:
+    """Make a 3D object from text: turntable.mp4, contact_sheet.png and mesh.glb in --out."""
+    from .doctor import pick_device
+    from .train import Trainer, check
+
+    where = pick_device(device)
+    given = {"prompt": prompt, "steps": steps, "seed": seed, "guidance": guidance}
+    config = _config(out, resume, given)
+    check(config)
+    trainer = Trainer(config, out, device=where, resume=resume)
+    _train(trainer)
+    _export(trainer.renderer, out)
+
+
+@app.command()
+def export(out: Out = Path("runs/latest"), device: Device = "auto") -> None:
+    """Write a run's turntable.mp4, contact_sheet.png and mesh.glb again from its checkpoint."""
+    from .doctor import pick_device
+    from .train import load_renderer
+
+    _export(load_renderer(out, pick_device(device)), out)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what was found on this machine, what will be used, and why not the rest."""
+    from .doctor import findings
+
+    table = Table("what", "found", "use", box=None, padding=(0, 2, 0, 0))
+    for row in findings():
+        table.add_row(*row)
+    console.print(table)
+
+
+def _config(out: Path, resume: bool, given: dict):
+    """The run's settings: stored ones if it is resumed, else the guidance's defaults."""
+    from .config import RunConfig, preset
+    from .train import folder_state
+
+    state = folder_state(out)
+    if state == "foreign":
+        raise ValueError(f"argument `--out`: expected a new folder or one that holds a run, got "
+                         f"{out}, which holds something else")
+    if state == "run" and not resume:
+        raise ValueError(f"argument `--out`: expected a new folder, got {out}, which holds a run: "
+                         f"add --resume to go on with it")
+    if state == "new":
+        settings = {k: v for k, v in given.items() if v is not None and k != "guidance"}
+        return preset(given["guidance"] or "toybox", **settings)
+    try:
+        config = RunConfig.from_dict(json.loads((out / "config.json").read_text()))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"config {out / 'config.json'}: expected a run's settings, got {error}") \
+            from None
+    stored = {"prompt": config.prompt, "seed": config.seed, "guidance": config.guidance.name}
+    for name, value in stored.items():
+        if given[name] not in (None, value):
+            raise ValueError(f"argument `{name}`: expected {value!r}, as the run in {out} has it, "
+                             f"got {given[name]!r}")
+    config.steps = given["steps"] if given["steps"] is not None else config.steps
+    return config
+
+
+def _train(trainer) -> None:
+    """Run to the end under a progress bar; Ctrl-C saves and leaves."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20),
+               TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn(),
+               TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    began, start = time.perf_counter(), trainer.step
+    recent: list[dict] = []
+    try:
+        with Progress(*columns, console=console, refresh_per_second=4) as bar:
+            task = bar.add_task(trainer.config.prompt, total=trainer.config.steps,
+                                completed=trainer.step, note="")
+            for metrics in trainer.run():
+                recent = [*recent[-19:], metrics]
+                speed = (trainer.step - start) / (time.perf_counter() - began)
+                bar.update(task, completed=trainer.step, note=_note(recent, speed))
+    except KeyboardInterrupt:
+        console.print(f"stopped at step {trainer.step}, saved: go on with --resume")
+        raise
+    if recent:
+        console.print(_note(recent, (trainer.step - start) / (time.perf_counter() - began)))
+
+
+def _note(recent: list[dict], speed: float) -> str:
+    """it/s, losses and where the time goes, over the last steps."""
+    seconds = sum(m["seconds"] for m in recent)
+    share = sum(m["seconds"] * m["guidance_share"] for m in recent) / seconds
+    last = recent[-1]
+    return (f"{speed:.1f} it/s  sds {last['sds']:.0f}  opacity {last['mean_opacity']:.2f}  "
+            f"guidance {share:.0%}  rendering {1 - share:.0%}")
+
+
+def _export(renderer, out: Path) -> None:
+    from .export import export_run
+
+    with console.status("rendering turntable, contact sheet and mesh"):
+        paths = export_run(renderer, out)
+    for path in paths:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

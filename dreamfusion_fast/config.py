@@ -1,0 +1,116 @@
+"""Every default of a run, one dataclass a stage. Values marked (paper) are arXiv 2209.14988's.
+
+The defaults are the toybox's, sized for minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+
+
+@dataclass
+class CameraConfig:
+    elevation: tuple[float, float] = (-10.0, 90.0)  # degrees (paper)
+    azimuth: tuple[float, float] = (0.0, 360.0)  # degrees (paper)
+    distance: tuple[float, float] = (1.0, 1.5)  # scene units (paper)
+    position_jitter: float = 0.1  # half width of a uniform box, scene units (paper)
+    look_at_std: float = 0.2  # scene units (paper)
+    up_std: float = 0.02  # (paper)
+    focal: tuple[float, float] = (0.7, 1.35)  # image widths (paper)
+
+
+@dataclass
+class FieldConfig:
+    radius: float = 0.75  # bounding sphere, scene units; 1.4 (paper): here all cameras stay outside
+    n_levels: int = 8
+    base_resolution: int = 8
+    finest_resolution: int = 128
+    log2_table_size: int = 16
+    features: int = 2
+    interpolation: str = "smoothstep"
+    hidden: int = 32
+    hidden_layers: int = 1
+    activation: str = "relu"
+    blob_density: float = 5.0  # added to the density's logarithm (paper: lambda_tau)
+    blob_std: float = 0.2  # scene units (paper: sigma_tau)
+    density_bias: float = -2.0  # likewise: an untrained scene is a blob in thin fog
+
+
+@dataclass
+class RenderConfig:
+    image_size: int = 64  # pixels (paper)
+    step: float = 0.025  # length of a bin along a ray, scene units
+    early_stop: float = 1e-3  # transmittance below which a ray ends
+    background: str = "random"  # random | grey | environment (paper)
+    environment_frequencies: int = 3  # of the direction's encoding, for "environment"
+    occupancy_resolution: int = 48
+    occupancy_every: int = 16  # steps
+    occupancy_decay: float = 0.8
+    occupancy_threshold: float = 0.1  # density, 1 / scene unit
+
+
+@dataclass
+class GuidanceConfig:
+    name: str = "toybox"  # toybox | exemplar | a folder or hub name of a diffusers pipeline
+    scale: float = 10.0  # omega of (1 + omega) eps_cond - omega eps_uncond; 100 (paper)
+    t_range: tuple[float, float] = (0.02, 0.98)  # share of the schedule (paper)
+    weighting: str = "sigma2"  # w(t): sigma2 (paper) | uniform
+
+
+@dataclass
+class LossConfig:
+    opacity: float = 1e-3  # sqrt(opacity^2 + 0.01), 1e-3 to 5e-3 (paper)
+
+
+@dataclass
+class OptimizerConfig:
+    table_rate: float = 1e-2
+    mlp_rate: float = 2e-3
+    warmup: int = 50  # steps
+    final_share: float = 0.1  # of the rate, at the end of the cosine
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-15
+
+
+@dataclass
+class RunConfig:
+    prompt: str = ""
+    steps: int = 500  # 15,000 (paper)
+    views: int = 4  # pictures a step (paper)
+    seed: int = 0
+    checkpoint_every: int = 100  # steps
+    preview_every: int = 50  # steps
+    camera: CameraConfig = field(default_factory=CameraConfig)
+    field: FieldConfig = field(default_factory=FieldConfig)
+    render: RenderConfig = field(default_factory=RenderConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> RunConfig:
+        """The inverse of to_dict, from JSON. Raises ValueError on a key it does not know."""
+        stages = {"camera": CameraConfig, "field": FieldConfig, "render": RenderConfig,
+                  "guidance": GuidanceConfig, "loss": LossConfig, "optimizer": OptimizerConfig}
+        known = {name: _known(kind, values.get(name, {}), name) for name, kind in stages.items()}
+        rest = {k: v for k, v in values.items() if k not in stages}
+        return _known(cls, {**rest, **known}, "run")
+
+
+def _known(kind, values: dict, name: str):
+    unknown = set(values) - {f.name for f in fields(kind)}
+    if unknown:
+        raise ValueError(f"config `{name}`: unknown {', '.join(sorted(unknown))}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def preset(guidance: str, **settings) -> RunConfig:
+    """The defaults that suit a guidance, with `settings` of RunConfig on top."""
+    config = RunConfig(guidance=GuidanceConfig(name=guidance), **settings)
+    if guidance == "exemplar":  # exact scores of pictures on grey: nothing to amplify
+        config.guidance.scale = 0.0
+        config.render.background = "grey"
+    return config

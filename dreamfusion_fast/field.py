@@ -1,0 +1,72 @@
+"""The radiance field: hash grid, small MLP, density blob."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .config import FieldConfig
+from .ops import hash_encode, hash_table_rows, mlp, mlp_parameters
+
+LOG_DENSITY_MAX = 8.0  # exp of more would only make gradients explode: a bin is opaque long before
+
+
+class Field(nn.Module):
+    """Density and albedo of points inside the bounding sphere.
+
+    The logarithm of density is the MLP's first output plus the paper's blob (A.2):
+    lambda_tau exp(-|mu|² / (2 sigma_tau²)); albedo is the sigmoid of the other three.
+    """
+
+    def __init__(self, config: FieldConfig, generator: torch.Generator):
+        super().__init__()
+        self.config = config
+        self.grid = dict(
+            n_levels=config.n_levels, base_resolution=config.base_resolution,
+            finest_resolution=config.finest_resolution, log2_table_size=config.log2_table_size)
+        rows = hash_table_rows(**self.grid)[1][-1]
+        self.widths = [config.n_levels * config.features,
+                       *[config.hidden] * config.hidden_layers, 4]
+        table = (torch.rand(rows, config.features, generator=generator) * 2 - 1) * 1e-4
+        self.table = nn.Parameter(table)
+        self.weights = nn.Parameter(_he_uniform(self.widths, generator))
+
+    def forward(self, positions: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """positions (N, 3), scene units; count (1,) int32, number of valid rows.
+        Returns sigma (N,) in 1 / scene unit and albedo (N, 3) in [0, 1]."""
+        x = (positions / (2.0 * self.config.radius) + 0.5)
+        features = hash_encode(x, self.table, **self.grid,
+                               interpolation=self.config.interpolation, count=count)
+        out = mlp(features, self.weights, self.widths, self.config.activation, count=count)
+        blob = self.config.blob_density * torch.exp(
+            positions.square().sum(-1) / (-2.0 * self.config.blob_std**2))
+        log_density = out[:, 0] + (blob + self.config.density_bias)
+        return log_density.clamp(max=LOG_DENSITY_MAX).exp(), torch.sigmoid(out[:, 1:])
+
+
+def _he_uniform(widths: list[int], generator: torch.Generator) -> Tensor:
+    """Flat weights without biases, He et al. 2015, layer after layer."""
+    layers = [(torch.rand(o * i, generator=generator) * 2 - 1) * math.sqrt(6.0 / i)
+              for i, o in zip(widths, widths[1:])]
+    flat = torch.cat(layers)
+    assert flat.numel() == mlp_parameters(widths, False)
+    return flat
+
+
+class Environment(nn.Module):
+    """The paper's background: an MLP of the ray's positionally encoded direction (section 3.1)."""
+
+    def __init__(self, n_frequencies: int, generator: torch.Generator):
+        super().__init__()
+        self.n_frequencies = n_frequencies
+        self.widths = [6 * n_frequencies, 32, 3]
+        self.weights = nn.Parameter(_he_uniform(self.widths, generator))
+
+    def forward(self, rays_d: Tensor) -> Tensor:
+        """rays_d (N, 3) unit. Returns colours (N, 3) in [0, 1]."""
+        from .ops import frequency_encode
+
+        encoded = frequency_encode(rays_d, self.n_frequencies)
+        return torch.sigmoid(mlp(encoded, self.weights, self.widths))

@@ -1,0 +1,31 @@
+"""The ops: each checks its arguments, runs on CPU or CUDA and differentiates.
+
+Every op has a plain-torch twin of the same name in `reference`: the specification.
+"""
+
+# One line a stem, alphabetical; in __all__ one line an op.
+from .adam import Adam, adam_step
+from .composite import composite
+from .frequency_encode import frequency_encode
+from .hash_encode import hash_encode, hash_table_rows
+from .march import Samples, march
+from .occupancy import occupancy_points, occupancy_update
+from .rays import generate_rays, ray_box_intersect, ray_sphere_intersect
+from .spherical_harmonics import spherical_harmonics
+
+__all__ = [
+    "Adam",
+    "Samples",
+    "adam_step",
+    "composite",
+    "frequency_encode",
+    "generate_rays",
+    "hash_encode",
+    "hash_table_rows",
+    "march",
+    "occupancy_points",
+    "occupancy_update",
+    "ray_box_intersect",
+    "ray_sphere_intersect",
+    "spherical_harmonics",
+]

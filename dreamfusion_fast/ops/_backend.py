@@ -1,0 +1,114 @@
+"""What every op needs once: registration, the kernel module of a device, argument checks."""
+
+from __future__ import annotations
+
+import torch  # first: the kernels then share torch's OpenMP runtime and its thread setting
+
+from .. import _cpu
+
+try:
+    from .. import _cuda
+except ImportError:  # built only where there is a GPU, see CMakeLists.txt
+    _cuda = None
+
+lib = torch.library.Library("dreamfusion_fast", "FRAGMENT")
+
+FLOATS = (torch.float32, torch.float64)
+
+
+def register(schema: str, kernel, fake) -> None:
+    """Register an op: its schema, the function that runs it on CPU and CUDA, and its fake."""
+    name = lib.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    lib.impl(name, kernel, "CPU")
+    lib.impl(name, kernel, "CUDA")
+    torch.library.register_fake(f"dreamfusion_fast::{name}", fake, lib=lib)
+
+
+def register_backward(name: str, backward, save) -> None:
+    """Register the derivative of op `name`: `save` keeps tensors, `backward` uses them."""
+    torch.library.register_autograd(
+        f"dreamfusion_fast::{name}", backward, setup_context=save, lib=lib
+    )
+
+
+def kernels(tensor: torch.Tensor):
+    """The compiled module for the tensor's device."""
+    if tensor.device.type == "cpu":
+        return _cpu
+    if _cuda is None:
+        raise RuntimeError(
+            "dreamfusion_fast was built without CUDA kernels: move the tensors to the CPU, or "
+            "reinstall with nvcc on the PATH: pip install . -C cmake.define.DF_CUDA=ON"
+        )
+    return _cuda
+
+
+def stream(tensor: torch.Tensor) -> int:
+    """The address of the current CUDA stream of the tensor's device; 0 on the CPU."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def ptr(tensor: torch.Tensor | None) -> int:
+    """The address of a tensor's data, 0 for None. Keep the tensor in a variable until the call
+    is over: `ptr(torch.empty(n))` frees the memory under the kernel."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def is_double(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.float64
+
+
+def check_tensor(name, tensor, dtype=FLOATS, shape=None, device=None, optional=False) -> None:
+    """Raise unless the argument is a contiguous tensor of one of the dtypes, and of this shape
+    and device where given. A shape is a tuple: a number must match, a letter stands for any
+    number, and a leading "..." for any leading dimensions."""
+    if optional and tensor is None:
+        return
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{_expected(name, dtypes, shape)}, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{_expected(name, dtypes, shape)}, got {_describe(tensor)}")
+    if shape is not None and not _fits(tuple(tensor.shape), shape):
+        raise ValueError(f"{_expected(name, dtypes, shape)}, got {_describe(tensor)}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"argument `{name}`: expected a tensor on {device}, got {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"argument `{name}`: expected a contiguous tensor, got strides {tensor.stride()}: "
+            f"pass {name}.contiguous()"
+        )
+
+
+def check_count(count: torch.Tensor | None, device: torch.device) -> None:
+    """The number of valid rows of packed samples: int32 (1,), or None for all rows."""
+    check_tensor("count", count, torch.int32, (1,), device, optional=True)
+
+
+def check_range(name: str, value, low, high) -> None:
+    """Raise ValueError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise ValueError(f"argument `{name}`: expected {low} to {high}, got {value}")
+
+
+def _fits(actual: tuple, shape: tuple) -> bool:
+    if shape and shape[0] == "...":
+        shape = shape[1:]
+        actual = actual[len(actual) - len(shape) :] if len(actual) >= len(shape) else (None,)
+    if len(actual) != len(shape):
+        return False
+    return all(isinstance(s, str) or a == s for a, s in zip(actual, shape, strict=True))
+
+
+def _expected(name: str, dtypes: tuple, shape: tuple | None) -> str:
+    kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    where = "" if shape is None else f" of shape {_shape(shape)}"
+    return f"argument `{name}`: expected {kinds} tensor{where}"
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {_shape(tensor.shape)}"
+
+
+def _shape(shape) -> str:
+    return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"

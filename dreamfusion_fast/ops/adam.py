@@ -1,0 +1,138 @@
+"""Adam, one fused pass over each parameter tensor, safe against non-finite gradients."""
+
+from __future__ import annotations
+
+import torch
+
+from ._backend import check_range, check_tensor, is_double, kernels, ptr, register, stream
+
+COUNTERS = (torch.int32, torch.int64)
+
+
+def adam_step(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    step: torch.Tensor,
+    skipped: torch.Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    grad_scale: float = 1.0,
+) -> None:
+    """Make one step of Adam (Kingma and Ba 2015, algorithm 1) in place.
+
+    If any gradient is not finite, nothing changes but `skipped`, which goes up by one; this is
+    decided on the device, without a sync.
+
+    Args:
+        param: any shape, float32 or float64; changed.
+        grad: shape and dtype of param, gradient times grad_scale.
+        exp_avg: like grad, running mean of the gradient, zero before the first step; changed.
+        exp_avg_sq: like grad, running mean of its square, zero before the first step; changed.
+        step: (1,) int32 or int64, number of steps made so far; goes up by one.
+        skipped: (1,) int32, number of steps skipped.
+        lr: learning rate, at least 0.
+        beta1: decay of exp_avg, 0 to 1, less than 1.
+        beta2: decay of exp_avg_sq, 0 to 1, less than 1.
+        eps: added to the denominator, at least 0.
+        grad_scale: the loss scale; gradients are divided by it. Above 0.
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, device, layout or range is wrong.
+    """
+    check_tensor("param", param)
+    like = (param.dtype, tuple(param.shape), param.device)
+    check_tensor("grad", grad, *like)
+    check_tensor("exp_avg", exp_avg, *like)
+    check_tensor("exp_avg_sq", exp_avg_sq, *like)
+    check_tensor("step", step, COUNTERS, (1,), param.device)
+    check_tensor("skipped", skipped, torch.int32, (1,), param.device)
+    _check_settings(lr, beta1, beta2, eps)
+    if not grad_scale > 0:
+        raise ValueError(f"argument `grad_scale`: expected more than 0, got {grad_scale}")
+    with torch.no_grad():
+        torch.ops.dreamfusion_fast.adam_step(
+            param, grad, exp_avg, exp_avg_sq, step, skipped, lr, beta1, beta2, eps, grad_scale
+        )
+
+
+def _check_settings(lr, beta1, beta2, eps):
+    check_range("lr", lr, 0, float("inf"))
+    check_range("beta1", beta1, 0, 1 - 2**-53)
+    check_range("beta2", beta2, 0, 1 - 2**-53)
+    check_range("eps", eps, 0, float("inf"))
+
+
+def _step(param, grad, exp_avg, exp_avg_sq, step, skipped, lr, beta1, beta2, eps, grad_scale):
+    changed = [t for t in (param, exp_avg, exp_avg_sq, step, skipped) if not t.is_inference()]
+    torch.autograd.graph.increment_version(changed)  # autograd then notices the change
+    kernels(param).adam_step(
+        is_double(param), ptr(param), ptr(grad), ptr(exp_avg), ptr(exp_avg_sq), ptr(step),
+        ptr(skipped), step.dtype == torch.int64, param.numel(), lr, beta1, beta2, eps, grad_scale,
+        stream(param),
+    )  # fmt: skip
+
+
+register(
+    "adam_step(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
+    " Tensor(d!) step, Tensor(e!) skipped, float lr, float beta1, float beta2, float eps,"
+    " float grad_scale) -> ()",
+    _step,
+    lambda *args: None,
+)
+
+
+class Adam(torch.optim.Optimizer):
+    """torch.optim.Adam's interface over `adam_step`: parameter groups with lr, betas and eps, and
+    a state dict with step, exp_avg and exp_avg_sq. Loads a state dict of torch.optim.Adam.
+
+    A tensor whose gradient is not finite keeps its parameters and its state; `skipped` counts.
+    Parameters are contiguous float32 or float64.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8):
+        self._skipped = {}  # device -> (1,) int32
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        _check_settings(group["lr"], *group["betas"], group["eps"])
+
+    def skipped(self) -> int:
+        """Number of tensor updates skipped since construction. Waits for the device."""
+        return sum(int(n) for n in self._skipped.values())
+
+    @torch.no_grad()
+    def step(self, closure=None, grad_scale: float = 1.0):
+        """Update every parameter that has a gradient; gradients are divided by grad_scale."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._update(param, group, grad_scale)
+        return loss
+
+    def _update(self, param, group, grad_scale):
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.zeros(1, dtype=torch.int32, device=param.device)
+            state["exp_avg"] = torch.zeros_like(param)
+            state["exp_avg_sq"] = torch.zeros_like(param)
+        if param.device not in self._skipped:
+            self._skipped[param.device] = torch.zeros(1, dtype=torch.int32, device=param.device)
+        adam_step(
+            param, param.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], state["step"],
+            self._skipped[param.device], group["lr"], *group["betas"], group["eps"], grad_scale,
+        )  # fmt: skip
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        for param, state in self.state.items():  # torch.optim.Adam keeps a float step of shape ()
+            step = torch.as_tensor(state["step"]).to(param.device, torch.int32)
+            state["step"] = step.reshape(1).clone()

@@ -1,0 +1,174 @@
+"""Multiresolution hash encoding of points."""
+
+from __future__ import annotations
+
+import torch
+
+from ._backend import (
+    check_count,
+    check_range,
+    check_tensor,
+    is_double,
+    kernels,
+    ptr,
+    register,
+    register_backward,
+    stream,
+)
+
+
+def hash_table_rows(
+    n_levels: int, base_resolution: int, finest_resolution: int, log2_table_size: int
+) -> tuple[list[int], list[int]]:
+    """Lay out the levels of `hash_encode` in one table.
+
+    Level l has N_l = base (finest / base)^(l / (L - 1)) cells a side, rounded to the nearest
+    integer (a single level: N_0 = base), and min((N_l + 1)³, 2^log2_table_size) rows, rounded up
+    to a multiple of 8.
+
+    Args:
+        n_levels: number of levels L, 1 to 32.
+        base_resolution: N_0, 1 to 2^20.
+        finest_resolution: N_(L-1), base_resolution to 2^20.
+        log2_table_size: logarithm of the most rows a level may have, 3 to 28.
+    Returns:
+        resolutions: L numbers N_l.
+        offsets: L + 1 numbers, the first row of each level and, last, the table's number of rows.
+    Raises:
+        ValueError: an argument's range is wrong.
+    """
+    check_range("n_levels", n_levels, 1, 32)
+    check_range("base_resolution", base_resolution, 1, 2**20)
+    check_range("finest_resolution", finest_resolution, base_resolution, 2**20)
+    check_range("log2_table_size", log2_table_size, 3, 28)
+    ratio, resolutions, offsets = finest_resolution / base_resolution, [], [0]
+    for level in range(n_levels):
+        resolution = round(base_resolution * ratio ** (level / max(1, n_levels - 1)))
+        rows = min((resolution + 1) ** 3, 2**log2_table_size)
+        resolutions.append(resolution)
+        offsets.append(offsets[-1] + (rows + 7) // 8 * 8)
+    return resolutions, offsets
+
+
+def hash_encode(
+    x: torch.Tensor,
+    table: torch.Tensor,
+    n_levels: int,
+    base_resolution: int,
+    finest_resolution: int,
+    log2_table_size: int,
+    interpolation: str = "linear",
+    count: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Interpolate learnt features of L grids, hashed where they are large.
+
+    instant-ngp's encoding (Müller et al. 2022, section 3). On level l a point x, clamped to the
+    unit cube, lies at N_l x (no offset of half a cell, unlike tiny-cuda-nn), in the cell
+    c = min(⌊N_l x⌋, N_l - 1) with fraction f = N_l x - c. Its F features are those of the cell's
+    eight corners, weighted by Π_d (f_d or 1 - f_d), with "smoothstep" f² (3 - 2f) in place of f.
+    Corner (i, j, k) is row i + (N_l + 1) (j + (N_l + 1) k) of its level if all (N_l + 1)³ fit in
+    2^log2_table_size rows, else row (i ⊕ 2654435761 j ⊕ 805459861 k) mod 2^log2_table_size.
+    `hash_table_rows` has N_l and each level's first row.
+
+    The gradient of x is that of the cell c on its faces too, and zero outside the cube. A NaN
+    coordinate makes the point's features NaN. Gradients do not depend on the number of threads.
+
+    Args:
+        x: (N, 3) float32 or float64.
+        table: (rows, F) like x, F one of 1, 2, 4, 8; rows as `hash_table_rows` says.
+        n_levels: number of levels L, 1 to 32.
+        base_resolution: cells a side of the coarsest level, 1 to 2^20.
+        finest_resolution: cells a side of the finest level, base_resolution to 2^20.
+        log2_table_size: logarithm of the most rows a level may have, 3 to 28.
+        interpolation: "linear" or "smoothstep".
+        count: (1,) int32 on the same device, number of valid rows of x; the others give zero.
+    Returns:
+        (N, L F), dtype of x, level by level; differentiable once with respect to x and table.
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, device, layout or range is wrong.
+    """
+    check_tensor("x", x, shape=("N", 3))
+    _, offsets = hash_table_rows(n_levels, base_resolution, finest_resolution, log2_table_size)
+    check_tensor("table", table, x.dtype, (offsets[-1], "F"), x.device)
+    if table.shape[1] not in (1, 2, 4, 8):
+        raise ValueError(f"argument `table`: expected 1, 2, 4 or 8 columns, got {table.shape[1]}")
+    if interpolation not in ("linear", "smoothstep"):
+        raise ValueError(
+            f'argument `interpolation`: expected "linear" or "smoothstep", got "{interpolation}"'
+        )
+    check_count(count, x.device)
+    return torch.ops.dreamfusion_fast.hash_encode(
+        x, table, n_levels, base_resolution, finest_resolution, log2_table_size, interpolation,
+        count,
+    )  # fmt: skip
+
+
+def _empty(x, table, n_levels, base, finest, log2_size, interpolation, count):
+    return x.new_empty(x.shape[0], n_levels * table.shape[1])
+
+
+def _forward(x, table, n_levels, base, finest, log2_size, interpolation, count):
+    out = _empty(x, table, n_levels, base, finest, log2_size, interpolation, count)
+    kernels(x).hash_encode_forward(
+        is_double(x), ptr(x), ptr(table), ptr(out), ptr(count), x.shape[0], n_levels,
+        table.shape[1], interpolation == "smoothstep",
+        *hash_table_rows(n_levels, base, finest, log2_size), stream(x),
+    )  # fmt: skip
+    return out
+
+
+def _empty_grads(
+    grad_out, x, table, n_levels, base, finest, log2_size, interpolation, count, needs_x,
+    needs_table,
+):  # fmt: skip
+    grad_x = torch.empty_like(x) if needs_x else x.new_empty(0)
+    return grad_x, torch.empty_like(table) if needs_table else x.new_empty(0)
+
+
+def _backward(
+    grad_out, x, table, n_levels, base, finest, log2_size, interpolation, count, needs_x,
+    needs_table,
+):  # fmt: skip
+    grad_x, grad_table = _empty_grads(
+        grad_out, x, table, n_levels, base, finest, log2_size, interpolation, count, needs_x,
+        needs_table,
+    )  # fmt: skip
+    kernels(x).hash_encode_backward(
+        is_double(x), ptr(x), ptr(table), ptr(grad_out), ptr(grad_x) if needs_x else 0,
+        ptr(grad_table) if needs_table else 0, ptr(count), x.shape[0], n_levels, table.shape[1],
+        interpolation == "smoothstep", *hash_table_rows(n_levels, base, finest, log2_size),
+        stream(x),
+    )  # fmt: skip
+    return grad_x, grad_table
+
+
+def _save(ctx, inputs, output):
+    x, table, *ctx.settings, count = inputs
+    ctx.save_for_backward(x, table, count)
+
+
+def _differentiate(ctx, grad_out):
+    x, table, count = ctx.saved_tensors
+    needs_x, needs_table = ctx.needs_input_grad[:2]
+    grad_x, grad_table = torch.ops.dreamfusion_fast.hash_encode_backward(
+        grad_out.contiguous(), x, table, *ctx.settings, count, needs_x, needs_table
+    )
+    grads = grad_x if needs_x else None, grad_table if needs_table else None
+    return *grads, *[None] * 6
+
+
+register(
+    "hash_encode(Tensor x, Tensor table, SymInt n_levels, SymInt base_resolution,"
+    " SymInt finest_resolution, SymInt log2_table_size, str interpolation, Tensor? count)"
+    " -> Tensor",
+    _forward,
+    _empty,
+)
+register(
+    "hash_encode_backward(Tensor grad_out, Tensor x, Tensor table, SymInt n_levels,"
+    " SymInt base_resolution, SymInt finest_resolution, SymInt log2_table_size,"
+    " str interpolation, Tensor? count, bool needs_x, bool needs_table) -> (Tensor, Tensor)",
+    _backward,
+    _empty_grads,
+)
+register_backward("hash_encode", _differentiate, _save)

@@ -1,0 +1,128 @@
+"""Training pictures of the toybox: views traced once, then coloured, lit and captioned at random."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import camera
+from ..config import CameraConfig
+from . import renderer, world
+from .shapes import OBJECTS
+
+SIZE = 64  # pixels; traced at twice that and box filtered
+
+
+def pinhole_rays(cameras: camera.Cameras, size: int) -> tuple[Tensor, Tensor]:
+    """Origins and unit directions (B, size, size, 3) through the pixels' centres."""
+    from ..ops import reference
+
+    return reference.generate_rays(cameras.c2w, cameras.focal * size, size, size)
+
+
+def traced_views(name: str, n: int, seed: int, cache: Path | None = None) -> dict[str, Tensor]:
+    """n views of one object from the paper's cameras, as tensors keyed part, normal, depth, c2w,
+    focal, view. With `cache`, a file there is read, or written for the next time."""
+    path = cache / f"{name}-{n}-{seed}.npz" if cache else None
+    if path and path.exists():
+        with np.load(path) as stored:
+            return {k: torch.from_numpy(stored[k]) for k in stored.files}
+    generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+    cameras = camera.sample(n, CameraConfig(), generator)
+    rays_o, rays_d = pinhole_rays(cameras, 2 * SIZE)
+    chunks = [renderer.trace(name, o, d) for o, d in zip(rays_o.split(16), rays_d.split(16))]
+    views = {k: torch.cat([getattr(c, k) for c in chunks]) for k in ("part", "normal", "depth")}
+    views |= {"c2w": cameras.c2w, "focal": cameras.focal, "view": cameras.view_index()}
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".tmp.npz")
+        np.savez(partial, **{k: v.numpy() for k, v in views.items()})
+        partial.rename(path)
+    return views
+
+
+class Pictures:
+    """An endless source of (images, prompts) drawn from `views_per_object` traced views."""
+
+    def __init__(
+        self,
+        views_per_object: int,
+        seed: int,
+        cache: Path | None = None,
+        objects: list[str] | None = None,
+    ):
+        self.objects = objects or list(OBJECTS)
+        views = [traced_views(o, views_per_object, seed, cache) for o in self.objects]
+        self.per_object = views_per_object
+        self.views = {k: torch.cat([v[k] for v in views]) for k in views[0]}
+        self.colours = list(world.COLOURS)
+        self.palettes = {
+            (c, o): renderer.palette(o, rgb)
+            for o in self.objects
+            for c, rgb in world.COLOURS.items()
+        }
+        self.clay = torch.tensor(world.CLAY).expand(256, 3)
+
+    def draw(
+        self, n: int, generator: torch.Generator, held_out: bool = False, clay: float = 0.15
+    ) -> tuple[Tensor, list[str]]:
+        """n images (n, 3, 64, 64) in [0, 1] and their prompts. `held_out` draws from the pairs
+        that training never sees instead of from the others; `clay` is the textureless share."""
+        index = torch.randint(len(self.views["part"]), (n,), generator=generator)
+        u = torch.rand(n, 4, generator=generator)
+        palettes, prompts = [], []
+        for i in range(n):
+            name = self.objects[int(index[i]) // self.per_object]
+            choices = [c for c in self.colours if world.is_held_out(c, name) == held_out]
+            colour = choices[int(u[i, 0] * len(choices))]
+            textureless = bool(u[i, 1] < clay)
+            palettes.append(self.clay if textureless else self.palettes[colour, name])
+            view = camera.VIEWS[int(self.views["view"][index[i]])]
+            prompts.append(_caption(colour, name, view, textureless, u[i, 2:].tolist()))
+        lit = u[:, 1] < clay + 0.35
+        images = self.render(index, torch.stack(palettes), lit, generator)
+        mirrored = torch.rand(n, generator=generator) < 0.5  # the world is symmetric in y
+        return torch.where(mirrored[:, None, None, None], images.flip(-1), images), prompts
+
+    def render(
+        self, index: Tensor, palettes: Tensor, lit: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Shade the views `index` (n,) with the paper's light and a random background."""
+        n = len(index)
+        v = {k: self.views[k][index] for k in ("part", "normal", "depth", "c2w", "focal")}
+        cameras = camera.Cameras(v["c2w"], v["focal"], v["focal"], v["focal"])
+        rays_o, rays_d = pinhole_rays(cameras, 2 * SIZE)
+        points = rays_o + v["depth"].float()[..., None] * rays_d
+        toward = F.normalize(v["c2w"][:, :, 3] + torch.randn(n, 3, generator=generator), dim=-1)
+        light = toward * (0.8 + 0.7 * torch.rand(n, 1, generator=generator))
+        ambient = torch.where(lit, 0.1, 1.0)
+        if background is None:
+            background = _backgrounds(n, generator)
+        return renderer.shade(v["part"], v["normal"], points, palettes, background, light, ambient)
+
+
+def _caption(colour: str, name: str, view: str, textureless: bool, u: list[float]) -> str:
+    if textureless:
+        text = world.CLAY_TEMPLATE.format(object=name)
+    elif u[0] < 0.05:
+        text = world.PLAIN_TEMPLATE.format(object=name)
+    else:  # half the captions take the canonical form
+        other = int((u[0] - 0.5) / 0.5 * len(world.TEMPLATES)) if u[0] > 0.5 else 0
+        text = world.TEMPLATES[other].format(colour=colour, object=name)
+    return world.with_view(text, view) if u[1] < 0.85 else text
+
+
+def _backgrounds(n: int, generator: torch.Generator) -> Tensor:
+    """(n, 2 SIZE, 2 SIZE, 3): a plain colour, or for one in four a vertical gradient."""
+    top = torch.rand(n, 1, 1, 3, generator=generator)
+    grey = torch.rand(n, 1, 1, 1, generator=generator)
+    kind = torch.rand(n, 1, 1, 1, generator=generator)
+    top = torch.where(kind < 0.3, grey.expand_as(top), top)
+    bottom = torch.where(kind > 0.75, torch.rand(n, 1, 1, 3, generator=generator), top)
+    ramp = torch.linspace(0, 1, 2 * SIZE)[None, :, None, None]
+    return (top + ramp * (bottom - top)).expand(n, 2 * SIZE, 2 * SIZE, 3)

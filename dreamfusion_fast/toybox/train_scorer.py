@@ -1,0 +1,307 @@
+"""Train the embedded scorer: `python -m dreamfusion_fast.toybox.train_scorer --minutes 12`.
+
+A small CLIP (Radford et al. 2021) on all pairs of the toybox, those that the prior never sees
+included: it is a judge, never guidance. A batch holds few of the 288 prompts, so the loss is the
+softmax over all of them for each picture, i.e. the image-to-text half of CLIP's loss with every
+text there is; the text-to-image half is left out. Pictures are spoilt at random as unfinished
+radiance fields are: blur, fog, floaters, missing parts, bent outlines, strong colours.
+Stops are safe: the state is written atomically, and the same command resumes it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    PreTrainedTokenizerFast,
+)
+
+from . import world
+from .pictures import SIZE, Pictures
+from .train_prior import build_tokenizer
+
+HALF = [0.5, 0.5, 0.5]  # mean and standard deviation of the model's normalisation
+
+
+@dataclass
+class ScorerConfig:
+    minutes: float = 12.0  # wall time of all sessions together
+    batch: int = 64
+    learning_rate: float = 1.2e-3
+    warmup: int = 200  # steps
+    weight_decay: float = 0.05
+    ema: float = 0.998
+    spoilt: float = 0.75  # share of the pictures that `spoil` may change
+    views_per_object: int = 600
+    seed: int = 0
+    threads: int = 2
+
+
+def build_model(vocabulary: int) -> CLIPModel:
+    """ViT with 64 patches of 8x8 and a two-layer text tower, 1.1 M parameters."""
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=8,
+        projection_dim=64,
+    )
+    text = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+        projection_dim=64,
+    )
+    config = CLIPConfig(
+        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64
+    )
+    # torch's fused attention is many times slower than two matmuls at these sizes on a CPU.
+    return CLIPModel._from_config(config, attn_implementation="eager")
+
+
+class Source:
+    """An endless source of (images, pair indices): all pairs of world.all_pairs() alike."""
+
+    def __init__(self, pictures: Pictures):
+        self.pictures = pictures
+        self.palettes = torch.stack([pictures.palettes[pair] for pair in world.all_pairs()])
+
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """n clean images (n, 3, 64, 64) in [0, 1], one in three lit, and pair indices (n,)."""
+        p, colours = self.pictures, len(world.COLOURS)
+        index = torch.randint(len(p.views["part"]), (n,), generator=generator)
+        colour = torch.randint(colours, (n,), generator=generator)
+        pair = torch.div(index, p.per_object, rounding_mode="floor") * colours + colour
+        lit = torch.rand(n, generator=generator) < 0.33
+        images = p.render(index, self.palettes[pair], lit, generator)
+        mirrored = torch.rand(n, generator=generator) < 0.5  # the world is symmetric in y
+        return torch.where(mirrored[:, None, None, None], images.flip(-1), images), pair
+
+
+def spoil(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (B, 3, S, S) in [0, 1] made worse as an unfinished radiance field is, each at random
+    and by parts: bent, cut, fogged, blurred, with floaters, other brightness and saturation."""
+    b, s = len(images), images.shape[-1]
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(b, *(shape or (1, 1, 1)), generator=generator)
+
+    def sometimes(share: float) -> Tensor:
+        return (uniform(0, 1) < share).float()
+
+    # Outlines bent by a smooth displacement of up to some 3 pixels.
+    bend = torch.randn(b, 2, 5, 5, generator=generator) * uniform(0, 0.05)
+    bend = F.interpolate(bend, (s, s), mode="bicubic", align_corners=True)
+    grid = F.affine_grid(torch.eye(2, 3).expand(b, 2, 3), list(images.shape), align_corners=False)
+    x = F.grid_sample(
+        images, grid + bend.permute(0, 2, 3, 1), padding_mode="border", align_corners=False
+    )
+    # A missing part shows what the corner shows: mostly background.
+    x = x + (x[:, :, :1, :1] - x) * sometimes(0.3) * _blob(s, uniform, 0.1, 0.3)
+    for _ in range(3):  # floaters
+        colour, opacity = uniform(0, 1, 3, 1, 1), uniform(0, 0.7) * sometimes(0.3)
+        x = x + (colour - x) * opacity * _blob(s, uniform, 0.03, 0.25)
+    fog = F.interpolate(uniform(-1, 1, 1, 4, 4), (s, s), mode="bilinear").clamp_min(0)
+    x = x + (uniform(0, 1, 3, 1, 1) - x) * fog * uniform(0, 0.5) * sometimes(0.4)
+    x = torch.lerp(x, _blur(x, 1.0), uniform(-0.5, 1).clamp_min(0))
+    x = torch.lerp(x, _blur(x, 2.0), uniform(-2, 1).clamp_min(0))
+    grey = x.mean(1, keepdim=True)
+    x = torch.lerp(grey, x, uniform(0.75, 1.6))
+    middle = x.mean((1, 2, 3), keepdim=True)
+    x = torch.lerp(middle, x, uniform(0.8, 1.3)) * uniform(0.85, 1.15)
+    noise = torch.randn(x.shape, generator=generator)
+    return (x + noise * uniform(0, 0.05) * sometimes(0.5)).clamp(0, 1)
+
+
+def _blob(s: int, uniform, narrow: float, wide: float) -> Tensor:
+    """(B, 1, S, S) soft ellipses in [0, 1] at random places, widths as shares of the picture."""
+    at = (torch.arange(s) + 0.5) / s
+    across = ((at - uniform(0, 1)) / uniform(narrow, wide)).square()
+    along = ((at[:, None] - uniform(0, 1)) / uniform(narrow, wide)).square()
+    return (1.5 * torch.exp(-(across + along))).clamp_max(1.0)
+
+
+def _blur(x: Tensor, sigma: float) -> Tensor:
+    """Separable Gaussian blur of (B, C, S, S)."""
+    r = math.ceil(2.5 * sigma)
+    k = torch.exp(-0.5 * (torch.arange(-r, r + 1) / sigma).square())
+    k = (k / k.sum()).view(1, 1, 1, -1)
+    flat = F.pad(x.flatten(0, 1)[:, None], (r, r, r, r), mode="replicate")
+    return F.conv2d(F.conv2d(flat, k), k.mT).view(x.shape)
+
+
+class Trainer:
+    def __init__(self, config: ScorerConfig, folder: Path):
+        torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        self.config, self.folder = config, folder
+        self.tokenizer = build_tokenizer()
+        self.model = build_model(len(self.tokenizer))
+        self.shadow = [p.detach().clone() for p in self.model.parameters()]
+        decayed = [p for p in self.model.parameters() if p.ndim > 1]
+        rest = [p for p in self.model.parameters() if p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": config.weight_decay},
+                {"params": rest, "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            betas=(0.9, 0.98),
+        )
+        self.texts = [self._tokens(template) for template in world.TEMPLATES]
+        self.step, self.elapsed, self.recent = 0, 0.0, []
+        if (folder / "state.pt").exists():
+            self._load(torch.load(folder / "state.pt", weights_only=True))
+
+    def _tokens(self, template: str) -> Tensor:
+        prompts = [template.format(colour=c, object=o) for c, o in world.all_pairs()]
+        return self.tokenizer(prompts, return_tensors="pt").input_ids
+
+    def logits(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """Cosine similarities over the learnt temperature, (B, 288)."""
+        m = self.model
+        image = m.visual_projection(m.vision_model(images * 2 - 1).pooler_output).float()
+        text = m.text_projection(m.text_model(tokens).pooler_output).float()
+        scale = m.logit_scale.clamp(max=math.log(100)).exp()
+        return scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
+
+    def learning_rate(self) -> float:
+        c = self.config
+        done = min(1.0, self.elapsed / (60 * c.minutes))
+        cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+        return c.learning_rate * min(cosine, (self.step + 1) / c.warmup)
+
+    def train_step(self, images: Tensor, pair: Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        # Every other step the canonical "a red car", else one of its variants.
+        template = 0 if self.step % 2 else self.step // 2 % len(self.texts)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = self.logits(images, self.texts[template])
+        loss = F.cross_entropy(logits, pair)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.shadow, list(self.model.parameters()), 1 - decay)
+        right = (logits.argmax(1) == pair).float().mean()
+        self.recent.append(torch.stack((loss.detach(), right)))
+        self.step += 1
+
+    def run(self, cache: Path) -> None:
+        """Train on. cache: folder of the traced views, see `traced_views`."""
+        c = self.config
+        source = Source(Pictures(c.views_per_object, c.seed, cache))
+        generator = torch.Generator().manual_seed(c.seed + 1 + self.step)
+        last = saved = time.perf_counter()
+        while self.elapsed < 60 * c.minutes:
+            images, pair = source.draw(c.batch, generator)
+            n = round(c.spoilt * c.batch)
+            images = torch.cat((spoil(images[:n], generator), images[n:]))
+            self.train_step(images, pair)
+            now = time.perf_counter()
+            self.elapsed, last = self.elapsed + now - last, now
+            if self.step % 100 == 0:
+                self._log()
+            if now - saved > 60:
+                self.save()
+                saved = last = time.perf_counter()
+        self.save()
+
+    def _log(self) -> None:
+        loss, right = torch.stack(self.recent).mean(0).tolist()
+        self.recent.clear()
+        row = {
+            "step": self.step,
+            "pictures": self.step * self.config.batch,
+            "minutes": round(self.elapsed / 60, 2),
+            "loss": round(loss, 4),
+            "top1": round(right, 4),
+        }
+        print(json.dumps(row), flush=True)
+        with open(self.folder / "curve.jsonl", "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+    def save(self) -> None:
+        """The resumable state, and the averaged weights as a transformers folder."""
+        state = {
+            "model": self.model.state_dict(),
+            "shadow": self.shadow,
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "elapsed": self.elapsed,
+        }
+        torch.save(state, self.folder / "state.tmp")
+        os.replace(self.folder / "state.tmp", self.folder / "state.pt")
+        export(self.shadow, self.tokenizer, self.folder / "scorer")
+        (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
+
+    def _load(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.shadow, self.step, self.elapsed = state["shadow"], state["step"], state["elapsed"]
+
+
+def export(weights: list[Tensor], tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write `weights` (in the order of build_model's parameters) as an fp16 CLIP folder."""
+    model = build_model(len(tokenizer))
+    with torch.no_grad():
+        for p, w in zip(model.parameters(), weights, strict=True):
+            p.copy_(w)
+    model.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    square = {"height": SIZE, "width": SIZE}
+    CLIPImageProcessor(
+        size={"shortest_edge": SIZE}, crop_size=square, image_mean=HALF, image_std=HALF
+    ).save_pretrained(folder)
+
+
+def main(
+    out: Path = Path("runs/scorer"),
+    minutes: float = ScorerConfig.minutes,
+    batch: int = ScorerConfig.batch,
+    learning_rate: float = ScorerConfig.learning_rate,
+    views_per_object: int = ScorerConfig.views_per_object,
+    seed: int = ScorerConfig.seed,
+    threads: int = ScorerConfig.threads,
+    cache: Path | None = None,
+) -> None:
+    """Train the toybox scorer, or go on with the training that lies in --out."""
+    out.mkdir(parents=True, exist_ok=True)
+    config = ScorerConfig(
+        minutes=minutes,
+        batch=batch,
+        learning_rate=learning_rate,
+        views_per_object=views_per_object,
+        seed=seed,
+        threads=threads,
+    )
+    Trainer(config, out).run(cache or out / "views")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,154 @@
+"""Devices, seeds and the one tolerance table, for every test."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from dreamfusion_fast import _cpu
+
+# op -> ((rtol, atol) in float32, (rtol, atol) in float64), against the twin in the same dtype.
+# One line an op, alphabetical, with its reason.
+TOLERANCE = {
+    # A few roundings in another order (FMA, reciprocals), on updates of size lr < 0.1.
+    "adam_step": ((1e-5, 1e-6), (1e-12, 1e-12)),
+    # Sums over up to 140 samples; gradients of dt are scaled by densities of up to 30.
+    "composite": ((1e-4, 1e-4), (1e-11, 1e-12)),
+    # Sine and cosine to 2 ulp of 1; gradients add up to 2^l times that, l < 5 in the tests.
+    "frequency_encode": ((1e-5, 1e-5), (1e-12, 1e-12)),
+    # Weights agree to the bit; sums of up to 2000 points times 16 cells a side in another order.
+    "hash_encode": ((1e-4, 1e-4), (1e-12, 1e-12)),
+    # Sums over all pixels of an image, in another order, of gradients of size 1.
+    "generate_rays": ((1e-4, 1e-4), (1e-12, 1e-12)),
+    # One rounding more or less (FMA).
+    "occupancy_points": ((1e-6, 1e-6), (1e-14, 1e-14)),
+    # Divided by a direction's component, which may be small.
+    "ray_box_intersect": ((1e-4, 1e-5), (1e-10, 1e-12)),
+    # Roots of a difference that loses digits where a ray grazes the sphere; gradients more so.
+    "ray_sphere_intersect": ((1e-3, 1e-4), (1e-9, 1e-10)),
+    # Same recurrence, other roundings (FMA); gradients sum 64 terms of up to 30 (degree 8).
+    "spherical_harmonics": ((1e-5, 1e-4), (1e-12, 1e-11)),
+}
+
+
+def _cuda_missing() -> str | None:
+    """Why the CUDA half of the tests does not exist in this run; None if it does."""
+    try:
+        from dreamfusion_fast import _cuda  # noqa: F401
+    except ImportError:
+        return "the module dreamfusion_fast._cuda is not built"
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+DEVICES = [f"cpu-{isa}" for isa in _cpu.isas()] + ([] if _cuda_missing() else ["cuda"])
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=None, help="repeat a run's random inputs")
+
+
+def pytest_configure(config):
+    config.run_seed = config.getoption("--seed")
+    if config.run_seed is None:
+        config.run_seed = random.SystemRandom().randrange(2**31)
+
+
+def pytest_report_header(config):
+    reason = _cuda_missing()
+    missing = f" (no cuda: {reason})" if reason else ""
+    return [f"devices: {', '.join(DEVICES)}{missing}", f"seed: --seed {config.run_seed}"]
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    outcome = yield
+    report = outcome.get_result()
+    if report.failed:
+        report.sections.append(("seed", f"repeat with --seed {item.config.run_seed}"))
+
+
+@pytest.fixture
+def seed(request) -> int:
+    """This run's seed: fresh each run, set by --seed; torch's global generator starts from it."""
+    torch.manual_seed(request.config.run_seed)
+    return request.config.run_seed
+
+
+@pytest.fixture
+def rng(seed) -> torch.Generator:
+    """A CPU generator that starts from the run's seed."""
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Every device and, on the CPU, every instruction set."""
+    kind, _, isa = request.param.partition("-")
+    before = _cpu.isa()
+    if isa:
+        _cpu.use_isa(isa)
+    yield torch.device(kind)
+    _cpu.use_isa(before)
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+def assert_close(op: str, got: torch.Tensor, want: torch.Tensor) -> None:
+    """Compare within the op's line of the tolerance table; NaN equals NaN."""
+    rtol, atol = TOLERANCE[op][got.dtype == torch.float64]
+    torch.testing.assert_close(got, want, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def check_op(op: str, function, twin, *inputs, **options) -> None:
+    """Compare results, and gradients of every floating input that requires grad, with the twin's.
+    Both are called as function(*inputs, **options) and return a tensor or a tuple of them."""
+    wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    results = [f(*inputs, **options) for f in (function, twin)]
+    got, want = [r if isinstance(r, tuple) else (r,) for r in results]
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert_close(op, a, b)
+    if not wanted:
+        return
+    cotangents = [torch.randn_like(b) for b in want]
+    got_grads, want_grads = (
+        _gradients(got, wanted, cotangents),
+        _gradients(want, wanted, cotangents),
+    )
+    for a, b in zip(got_grads, want_grads, strict=True):
+        assert_close(op, a, b)
+
+
+def _gradients(outputs, inputs, cotangents):
+    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    if not pairs:  # constants
+        return [torch.zeros_like(x) for x in inputs]
+    outputs, cotangents = zip(*pairs, strict=True)
+    return torch.autograd.grad(
+        outputs, inputs, cotangents, allow_unused=True, materialize_grads=True
+    )
+
+
+def check_registration(name: str, function, *inputs) -> None:
+    """torch.library.opcheck of torch.ops.dreamfusion_fast.<name> on its raw inputs, and one graph
+    in torch.compile of the public function on the same."""
+    torch.library.opcheck(getattr(torch.ops.dreamfusion_fast, name).default, inputs)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), function(*inputs), equal_nan=True)
+
+
+def check_threads(function) -> None:
+    """The tensor (or tuple) that function() returns is bit-identical for any number of threads."""
+    results = []
+    for n in (1, 2, 3):
+        _cpu.set_num_threads(n)
+        result = function()
+        results.append(result if isinstance(result, tuple) else (result,))
+    _cpu.set_num_threads(0)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

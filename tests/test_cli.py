@@ -1,0 +1,103 @@
+"""What a user sees: exit codes, one-line errors, the files of a run."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dreamfusion_fast.train import folder_state
+
+
+def run(*args, **options):
+    return subprocess.run([sys.executable, "-m", "dreamfusion_fast.cli", *map(str, args)],
+                          capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "car"
+    result = run("generate", "a red car", "--out", folder, "--steps", 3)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_generate_leaves_everything(finished):
+    for name in ("config.json", "checkpoint.safetensors", "metrics.jsonl", "turntable.mp4",
+                 "contact_sheet.png"):
+        assert (finished / name).stat().st_size > 0, name
+    assert len((finished / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_finished_run_is_not_overwritten(finished):
+    before = (finished / "checkpoint.safetensors").read_bytes()
+    result = run("generate", "a red car", "--out", finished, "--steps", 3)
+    assert result.returncode == 2 and "add --resume" in result.stderr
+    assert (finished / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_resume_goes_on_to_more_steps(finished):
+    result = run("generate", "a red car", "--out", finished, "--steps", 5, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert len((finished / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("args, words", [
+    ([""], "argument `prompt`: expected a text, got an empty one"),
+    (["a red zebra"], "does not know `zebra`"),
+    (["a read car"], "did you mean `red`"),
+    (["a red car", "--steps", "0"], "argument `steps`: expected at least 1, got 0"),
+    (["a red car", "--steps", "-5"], "argument `steps`: expected at least 1, got -5"),
+    (["a red car", "--guidance", "no/such"], "guidance `no/such`: expected toybox, exemplar"),
+    (["a red car", "--device", "tpu"], "argument `--device`: expected cpu, cuda or auto"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, args, words):
+    result = run("generate", *args, "--out", tmp_path / "run",
+                 env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and words in lines[0], result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    result = run("generate", "a red car", "--out", tmp_path)
+    assert result.returncode == 2 and "holds something else" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    assert folder_state(tmp_path) == "foreign"
+
+
+@pytest.mark.parametrize("damage", ["truncate", "garbage"])
+def test_a_broken_checkpoint_is_refused_and_kept(finished, tmp_path, damage):
+    for name in ("config.json", "checkpoint.safetensors", "metrics.jsonl"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:1000] if damage == "truncate" else b"garbage")
+    before = path.read_bytes()
+    result = run("generate", "a red car", "--out", tmp_path, "--resume")
+    assert result.returncode == 2 and "truncated or foreign file" in result.stderr
+    assert path.read_bytes() == before
+
+
+def test_ctrl_c_saves(tmp_path):
+    command = [sys.executable, "-m", "dreamfusion_fast.cli", "generate", "a blue ball", "--out",
+               str(tmp_path / "run"), "--steps", "5000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while time.time() < deadline and not (log.exists() and (tmp_path / "run/preview.png").exists()):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "go on with --resume" in output
+    assert (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
+def test_doctor_says_what_is_used_and_why_not():
+    result = run("doctor", env={**os.environ, "COLUMNS": "200"})
+    assert result.returncode == 0, result.stderr
+    for word in ("CPU kernels", "GPU", "CUDA kernels", "Triton", "embedded prior", "scorer"):
+        assert word in result.stdout

@@ -1,0 +1,55 @@
+"""What the ops share: the random numbers of common.h and the checks of _backend.py."""
+
+import pytest
+import torch
+
+from dreamfusion_fast import _cpu
+from dreamfusion_fast.ops import _backend, reference
+
+
+def test_uniform01_twin_is_exact(seed):
+    counters = torch.tensor([0, 1, 2, 12345, 2**31 - 1, 2**31, 2**32 - 1])
+    for s in (0, 1, seed, 2**32 - 1, 2**32 + seed, 2**63 - 1):
+        got = reference.uniform01(s, counters[:, None], counters[None, :])
+        want = [[_cpu.uniform01(s, a, b) for b in counters.tolist()] for a in counters.tolist()]
+        assert torch.equal(got, torch.tensor(want))
+
+
+def test_uniform01_is_uniform():
+    """Moments, neighbours and a chi-square over 256 bins, for one fixed seed."""
+    u = reference.uniform01(7, torch.arange(512)[:, None], torch.arange(512)[None, :]).double()
+    assert 0 <= u.min() and u.max() < 1
+    assert abs(u.mean() - 1 / 2) < 3e-3 and abs(u.var() - 1 / 12) < 1e-3
+    for a, b in ((u[1:], u[:-1]), (u[:, 1:], u[:, :-1])):
+        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.01
+    counts = torch.histc(u, 256, 0, 1)
+    assert ((counts - 1024) ** 2 / 1024).sum() < 350  # 255 degrees of freedom: 1 in 10^4
+
+
+def test_instruction_sets():
+    assert _cpu.isa() == _cpu.isas()[-1] and _cpu.isas()[0] == "portable"
+    with pytest.raises(ValueError, match="portable"):
+        _cpu.use_isa("sse")
+
+
+def test_threads_follow_torch():
+    assert _cpu.max_threads() == torch.get_num_threads()
+    with pytest.raises(ValueError, match="argument `n`"):
+        _cpu.set_num_threads(-1)
+
+
+@pytest.mark.parametrize(
+    "shape, accepted",
+    [((2, 3), True), (("N", 3), True), (("...", 3), True), (("...", 2, 3), True),
+     (("...", "A", 2, 3), False), ((3,), False), (("N", 4), False), (("...", 4), False)],
+)  # fmt: skip
+def test_check_tensor_shapes(shape, accepted):
+    if accepted:
+        return _backend.check_tensor("x", torch.zeros(2, 3), shape=shape)
+    with pytest.raises(ValueError, match=r"argument `x`: expected .*, got float32 \(2, 3\)"):
+        _backend.check_tensor("x", torch.zeros(2, 3), shape=shape)
+
+
+def test_check_tensor_device():
+    with pytest.raises(ValueError, match="argument `x`: expected a tensor on meta, got cpu"):
+        _backend.check_tensor("x", torch.zeros(2), device=torch.device("meta"))

@@ -1,0 +1,136 @@
+import math
+
+import pytest
+import torch
+from conftest import check_op, check_registration, check_threads
+
+from dreamfusion_fast.ops import hash_encode, hash_table_rows, reference
+
+OP = ("hash_encode", hash_encode, reference.hash_encode)
+GRID = (4, 3, 21, 9)  # dense, dense, hashed, hashed
+WAYS = ["linear", "smoothstep"]
+
+
+def make(rng, n, grid=GRID, features=2, dtype=torch.float64, device="cpu", reach=0.05):
+    """Points in the unit cube and up to `reach` outside, and a table."""
+    x = torch.rand(n, 3, dtype=torch.float64, generator=rng) * (1 + 2 * reach) - reach
+    rows = hash_table_rows(*grid)[1][-1]
+    table = torch.randn(rows, features, dtype=torch.float64, generator=rng)
+    return [t.to(device, dtype).requires_grad_() for t in (x, table)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("features", [1, 2, 4, 8])
+def test_twin(device, dtype, features, way, rng):
+    x, table = make(rng, 1543, features=features, dtype=dtype, device=device)
+    check_op(*OP, x, table, *GRID, way)
+
+
+@pytest.mark.parametrize("grid", [(1, 1, 1, 3), (1, 7, 9, 12), (3, 5, 5, 3), (16, 16, 2048, 14)])
+def test_grids(device, dtype, grid, rng):
+    check_op(*OP, *make(rng, 300, grid, dtype=dtype, device=device), *grid)
+
+
+def test_faces_and_corners_of_cells(device, dtype):
+    """Where the cell is a choice: the cube's faces and the cells' own."""
+    ticks = torch.tensor([-1.0, 0.0, 1 / 3, 0.5, 1.0, 2.0, math.inf], dtype=dtype, device=device)
+    x = torch.cartesian_prod(ticks, ticks, ticks).requires_grad_()
+    rows = hash_table_rows(3, 6, 24, 10)[1][-1]
+    table = torch.randn(rows, 2, dtype=dtype, device=device, requires_grad=True)
+    check_op(*OP, x, table, 3, 6, 24, 10)
+
+
+def test_value_at_a_vertex_is_the_row(device):
+    table = torch.arange(64.0, device=device).reshape(64, 1)
+    x = torch.tensor([[1, 2, 3], [3, 0, 1]], device=device) / 3
+    assert hash_encode(x, table, 1, 3, 3, 6).flatten().tolist() == [1 + 4 * (2 + 12), 3 + 16]
+    table = torch.arange(32.0, device=device).reshape(32, 1)
+    want = [(i ^ (2654435761 * j) ^ (805459861 * k)) % 32 for i, j, k in ((1, 2, 3), (3, 0, 1))]
+    assert hash_encode(x, table, 1, 3, 3, 5).flatten().tolist() == want
+
+
+def test_rows():
+    resolutions, offsets = hash_table_rows(8, 16, 1024, 16)
+    assert resolutions[0] == 16 and resolutions[-1] == 1024 and resolutions == sorted(resolutions)
+    assert offsets[:3] == [0, 4920, 4920 + 27000] and offsets[-1] - offsets[-2] == 2**16
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradcheck(device, way, rng):
+    x, table = make(rng, 5, (3, 2, 6, 5), device=device)
+    assert torch.autograd.gradcheck(lambda *a: hash_encode(*a, 3, 2, 6, 5, way), (x, table))
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 64, 65, 4096, 4097])
+@pytest.mark.parametrize("valid", [None, 0, 1, 3, 5000])
+def test_edge_sizes(device, dtype, n, valid, rng):
+    x, table = make(rng, n, dtype=dtype, device=device)
+    count = None if valid is None else torch.tensor([valid], dtype=torch.int32, device=device)
+    check_op(*OP, x, table, *GRID, "linear", count)
+
+
+def test_only_one_gradient(device, rng):
+    x, table = make(rng, 100, device=device)
+    both = torch.autograd.grad(hash_encode(x, table, *GRID).square().sum(), (x, table))
+    (of_x,) = torch.autograd.grad(hash_encode(x, table.detach(), *GRID).square().sum(), x)
+    (of_table,) = torch.autograd.grad(hash_encode(x.detach(), table, *GRID).square().sum(), table)
+    assert torch.equal(both[0], of_x) and torch.equal(both[1], of_table)
+
+
+def test_nan_is_propagated_and_stays_in_bounds(device, dtype, rng):
+    x, table = make(rng, 70, dtype=dtype, device=device)
+    with torch.no_grad():
+        x[2, 1] = math.nan
+    out = hash_encode(x, table, *GRID)
+    assert out[2].isnan().all() and out[[0, 1, *range(3, 70)]].isfinite().all()
+    check_op(*OP, x, table, *GRID)
+
+
+def test_a_table_row_of_its_own(device, rng):
+    """A NaN in one row reaches only the points that use it."""
+    x, table = make(rng, 500, (1, 8, 8, 12), device=device, reach=0)
+    table = table.detach().clone()
+    table[0] = math.nan
+    bad = (x < 1 / 8).all(-1)
+    assert torch.equal(hash_encode(x, table, 1, 8, 8, 12).isnan().any(-1), bad)
+
+
+def test_thread_count_does_not_matter(rng):
+    for grid in (GRID, (1, 6, 6, 9)):
+        x, table = make(rng, 9001, grid, dtype=torch.float32)
+
+        def grads(x=x, table=table, grid=grid):
+            return torch.autograd.grad(hash_encode(x, table, *grid).square().sum(), (x, table))
+
+        check_threads(grads)
+
+
+def test_registration(device, rng):
+    x, table = make(rng, 9, dtype=torch.float32, device=device)
+    count = torch.tensor([4], dtype=torch.int32, device=device)
+    check_registration("hash_encode", hash_encode, x, table, *GRID, "linear", None)
+    check_registration("hash_encode", hash_encode, x, table, *GRID, "smoothstep", count)
+
+
+X, TABLE = torch.rand(4, 3), torch.zeros(64, 2)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ((X.int(), TABLE, 1, 3, 3, 6), TypeError, r"`x`: .* \(N, 3\), got int32 \(4, 3\)"),
+        ((X[:, :2], TABLE, 1, 3, 3, 6), ValueError, r"`x`: .* \(N, 3\), got float32 \(4, 2\)"),
+        ((X, TABLE.double(), 1, 3, 3, 6), TypeError, "`table`: expected float32 .* got float64"),
+        ((X, TABLE, 1, 4, 4, 7), ValueError, r"`table`: .* \(128, F\), got float32 \(64, 2\)"),
+        ((X, torch.zeros(64, 3), 1, 3, 3, 6), ValueError, "`table`: expected 1, 2, 4 or 8 .* 3"),
+        ((X, TABLE, 0, 3, 3, 6), ValueError, "`n_levels`: expected 1 to 32, got 0"),
+        ((X, TABLE, 1, 0, 3, 6), ValueError, "`base_resolution`: expected 1 to 1048576, got 0"),
+        ((X, TABLE, 2, 3, 2, 6), ValueError, "`finest_resolution`: expected 3 to .*, got 2"),
+        ((X, TABLE, 1, 3, 3, 2), ValueError, "`log2_table_size`: expected 3 to 28, got 2"),
+        ((X, TABLE, 1, 3, 3, 6, "cubic"), ValueError, '`interpolation`: .* got "cubic"'),
+        ((X, TABLE, 1, 3, 3, 6, "linear", torch.ones(1)), TypeError, "`count`: expected int32"),
+    ],
+)
+def test_bad_input(arguments, error, message):
+    with pytest.raises(error, match=message):
+        hash_encode(*arguments)

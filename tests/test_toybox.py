@@ -1,0 +1,148 @@
+import pytest
+import torch
+
+from dreamfusion_fast import camera, guidance
+from dreamfusion_fast.toybox import PRIOR, exemplar, pictures, renderer, shapes, world
+from dreamfusion_fast.toybox.train_prior import build_tokenizer
+
+NAMES = list(shapes.OBJECTS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shape(name, rng):
+    """Symmetric, inside its ball, not empty, and never steeper than a distance."""
+    p = (torch.rand(4000, 3, generator=rng) * 2 - 1) * 0.8
+    distance, part = shapes.signed_distance(name, p)
+    mirrored, _ = shapes.signed_distance(name, p * torch.tensor([1.0, -1.0, 1.0]))
+    torch.testing.assert_close(distance, mirrored, rtol=1e-4, atol=1e-5)
+    inside = shapes.occupancy(name, p)
+    assert inside.any() and (p[inside].norm(dim=-1) <= shapes.OBJECT_RADIUS).all()
+    assert part.max() < len(shapes.OBJECTS[name])
+    q = p + 1e-3 * torch.randn(p.shape, generator=rng)
+    outside = distance > 0.02
+    slope = (shapes.signed_distance(name, q)[0] - distance).abs() / (q - p).norm(dim=-1)
+    assert slope[outside].quantile(0.99) < 1.6  # ellipsoids' bound is not exactly a distance
+
+
+@pytest.mark.parametrize("name", ["ball", "mug", "fish"])
+def test_tracing_ends_on_the_surface(name):
+    cameras = camera.orbit([10.0, 100.0], 25.0, 1.3, 1.0)
+    rays_o, rays_d = pictures.pinhole_rays(cameras, 48)
+    g = renderer.trace(name, rays_o, rays_d)
+    hit = g.part != 255
+    assert 0.05 < hit.float().mean() < 0.9
+    points = (rays_o + g.depth.float()[..., None] * rays_d)[hit]
+    assert shapes.signed_distance(name, points)[0].abs().max() < 5e-3
+    facing = (g.normal[hit].float() / 127 * rays_d[hit]).sum(-1)
+    assert (facing < 0.15).float().mean() > 0.99
+
+
+def test_rays_that_miss_keep_the_background():
+    cameras = camera.orbit([0.0], 0.0, 1.3, 30.0)  # a telescope past the donut's hole
+    rays_o, rays_d = pictures.pinhole_rays(cameras, 4)
+    g = renderer.trace("donut", rays_o + torch.tensor([0.0, 0.0, 0.62]), rays_d)
+    assert (g.part == 255).all()
+
+
+def test_one_pair_in_six_is_held_out():
+    held = [p for p in world.all_pairs() if world.is_held_out(*p)]
+    assert len(held) * 6 == len(world.all_pairs())
+    assert {o for _, o in held} == set(NAMES) and {c for c, _ in held} == set(world.COLOURS)
+
+
+def test_training_never_draws_a_held_out_pair(rng):
+    source = pictures.Pictures(4, 0, objects=["ball", "cube"])
+    for held_out in (False, True):
+        images, prompts = source.draw(60, rng, held_out=held_out, clay=0.0)
+        assert images.shape == (60, 3, 64, 64) and 0 <= images.min() and images.max() <= 1
+        pairs = {world.parse(p) for p in prompts}
+        assert all(world.is_held_out(*p) == held_out for p in pairs if p[0])
+
+
+def test_tokenizer_knows_every_word_the_captions_use(rng):
+    tokenizer = build_tokenizer()
+    source = pictures.Pictures(4, 0, objects=["ball", "duck"])
+    _, prompts = source.draw(200, rng)
+    tokens = tokenizer(prompts).input_ids
+    assert not any(tokenizer.unk_token_id in row for row in tokens)
+    assert max(map(len, tokens)) <= tokenizer.model_max_length
+
+
+@pytest.mark.parametrize("text, words", [
+    ("a red unicorn", "`unicorn`"), ("a read car", "did you mean `red`"),
+    ("a red", "expected one of the toybox's objects"), ("a red carr", "did you mean `car`"),
+])
+def test_prompts_the_toybox_cannot_mean(text, words):
+    with pytest.raises(ValueError, match=words):
+        world.check_prompt(text)
+
+
+def test_exemplar_matches_the_closed_form(rng):
+    x = torch.rand(5, 12, generator=rng) * 2 - 1
+    z = torch.randn(12, generator=rng)
+    a = torch.tensor(0.3)
+    logits = -(z - a.sqrt() * x).square().sum(1) / (2 * (1 - a))
+    x0 = (logits.softmax(0)[:, None] * x).sum(0)
+    want = (z - a.sqrt() * x0) / (1 - a).sqrt()
+    torch.testing.assert_close(exemplar.ExemplarGuidance._score(z, a, x), want)
+
+
+def test_exemplar_recovers_a_single_picture(rng):
+    x = torch.rand(1, 12, generator=rng) * 2 - 1
+    noise, a = torch.randn(12, generator=rng), torch.tensor(0.4)
+    z = a.sqrt() * x[0] + (1 - a).sqrt() * noise
+    torch.testing.assert_close(exemplar.ExemplarGuidance._score(z, a, x), noise,
+                               rtol=1e-4, atol=1e-4)
+
+
+def test_exemplar_needs_a_colour():
+    with pytest.raises(ValueError, match="expected a colour"):
+        exemplar.ExemplarGuidance(n=8).embed(["a car, front view"])
+
+
+@pytest.fixture(scope="module")
+def prior():
+    return guidance.load("toybox")
+
+
+def test_prior_is_small():
+    size = sum(f.stat().st_size for f in PRIOR.rglob("*") if f.is_file())
+    assert size <= 12 * 2**20
+
+
+def test_encode_is_inverted_by_decode(prior, rng):
+    image = torch.rand(2, 3, 64, 64, generator=rng)
+    torch.testing.assert_close(prior.decode(prior.encode(image)), image, rtol=0, atol=1e-6)
+
+
+def test_prior_denoises_what_it_was_trained_on_and_listens_to_the_text(prior):
+    """On fresh pictures, the noise predicted under the right caption is nearer to the truth than
+    zero by far, and than under a caption of another object and colour."""
+    generator = torch.Generator().manual_seed(1)
+    source = pictures.Pictures(8, 12345, objects=["car", "duck", "tree"])
+    images, prompts = source.draw(24, generator, clay=0.0)
+    z = prior.encode(images)
+    t = torch.full((24,), 600)
+    a = prior.alphas_cumprod[t][:, None, None, None]
+    noise = torch.randn(z.shape, generator=generator)
+    z_t = a.sqrt() * z + (1 - a).sqrt() * noise
+    right = (prior.predict_noise(z_t, t, prior.embed(prompts)) - noise).square().mean()
+    wrong = ["a white teapot, overhead view"] * 24
+    wrong = (prior.predict_noise(z_t, t, prior.embed(wrong)) - noise).square().mean()
+    assert right < 0.1 and wrong > 1.1 * right
+
+
+@pytest.mark.parametrize("text, message", [
+    ("a red zebra", "does not know `zebra`"),
+    ("a red car " + ", a red car" * 5, "at most 16 tokens"),
+])
+def test_prior_refuses_what_it_cannot_mean(prior, text, message):
+    with pytest.raises(ValueError, match=message):
+        prior.embed([text])
+
+
+@pytest.mark.parametrize("name", ["no/such-folder-or-model", "/nonexistent"])
+def test_missing_guidance_says_so(name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="expected toybox, exemplar, or the folder"):
+        guidance.load(name)

@@ -1,0 +1,195 @@
+"""The loop as a whole, on a tiny field with guidance that needs no network."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dreamfusion_fast import checkpoint
+from dreamfusion_fast.config import FieldConfig, RenderConfig, RunConfig
+from dreamfusion_fast.train import Trainer, load_renderer, opacity_penalty, rate_share
+
+
+class Orange:
+    """Guidance towards pictures of one colour: the exact score of that single picture."""
+
+    image_size = 16
+    alphas_cumprod = torch.linspace(0.9999, 0.0001, 1000)
+
+    def embed(self, prompts):
+        return torch.zeros(len(prompts), 1)
+
+    def encode(self, image):
+        return image * 2 - 1
+
+    def predict_noise(self, z_t, t, embedding):
+        x = torch.tensor([1.0, 0.0, -1.0])[None, :, None, None].expand_as(z_t)
+        a = self.alphas_cumprod[t][:, None, None, None]
+        return (z_t - a.sqrt() * x) / (1 - a).sqrt()
+
+
+def tiny(**settings) -> RunConfig:
+    config = RunConfig(prompt="orange", steps=12, views=2, checkpoint_every=4, preview_every=5,
+                       field=FieldConfig(n_levels=3, finest_resolution=24, log2_table_size=10),
+                       render=RenderConfig(image_size=16, step=0.06, occupancy_resolution=16,
+                                           occupancy_every=3))
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return config
+
+
+def finish(config, folder, resume=False):
+    trainer = Trainer(config, folder, Orange(), resume=resume)
+    metrics = list(trainer.run())
+    return trainer, metrics
+
+
+def test_loss_pulls_the_picture_to_the_prior(tmp_path):
+    trainer, _ = finish(tiny(steps=80), tmp_path / "run")
+    from dreamfusion_fast import camera
+
+    with torch.no_grad():
+        picture = trainer.renderer(camera.orbit([30.0], 20.0, 1.25, 1.0), 0, jitter=False)
+    r, g, b = picture.image[0, :, 6:10, 6:10].mean(dim=(1, 2))
+    assert picture.opacity[0, 6:10, 6:10].mean() > 0.8
+    assert r > 0.75 and 0.25 < g < 0.75 and b < 0.25
+
+
+def test_same_seed_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        finish(tiny(), tmp_path / name)
+    finish(tiny(seed=1), tmp_path / "c")
+    a, b, c = ((tmp_path / n / "checkpoint.safetensors").read_bytes() for n in "abc")
+    assert a == b and a != c
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_interrupted_and_resumed_is_as_uninterrupted(tmp_path, stop):
+    finish(tiny(), tmp_path / "whole")
+    run = Trainer(tiny(), tmp_path / "parts", Orange()).run()
+    for _ in range(stop):
+        next(run)
+    run.throw(KeyboardInterrupt) if stop == 7 else run.close()
+    finish(tiny(), tmp_path / "parts", resume=True)
+    _assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def _assert_same_run(one, other):
+    files = [(f / "checkpoint.safetensors").read_bytes() for f in (one, other)]
+    assert files[0] == files[1]
+    logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()]
+            for f in (one, other)]
+    for rows in logs:
+        for row in rows:
+            del row["seconds"], row["guidance_share"]
+    assert logs[0] == logs[1] and [r["step"] for r in logs[0]] == list(range(len(logs[0])))
+
+
+SCRIPT = """
+import sys; sys.path.insert(0, {tests!r})
+from test_train import Orange, Trainer, tiny
+for m in Trainer(tiny(steps=400), {folder!r}, Orange(), resume=True).run():
+    print(m["step"], flush=True)
+"""
+
+
+def test_kill_at_any_moment_leaves_a_run_that_resumes(tmp_path):
+    script = SCRIPT.format(tests=os.path.dirname(__file__), folder=str(tmp_path / "parts"))
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if int(line) % 50 > 20:
+                break
+        time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    trainer, _ = finish(tiny(steps=400), tmp_path / "parts", resume=True)
+    assert trainer.step == 400
+    finish(tiny(steps=400), tmp_path / "whole")
+    _assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_environment_background_learns(tmp_path):
+    config = tiny(steps=60)
+    config.render.background = "environment"
+    trainer, metrics = finish(config, tmp_path / "run")
+    from dreamfusion_fast import camera
+
+    with torch.no_grad():
+        corner = trainer.renderer(camera.orbit([200.0], 30.0, 1.4, 0.8), 0).image[0, :, 0, 0]
+    assert corner[0] > 0.6 and corner[2] < 0.4
+
+
+def test_metrics_tell_where_time_goes(tmp_path):
+    _, metrics = finish(tiny(steps=3), tmp_path / "run")
+    assert all(0 <= m["guidance_share"] <= 1 and m["seconds"] > 0 for m in metrics)
+    assert all(m["samples"] > 0 and m["samples_lost"] == 0 for m in metrics)
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"prompt": " "}, "`prompt`: expected a text, got an empty one"),
+    ({"steps": 0}, "`steps`: expected at least 1, got 0"),
+    ({"steps": -3}, "`steps`: expected at least 1, got -3"),
+    ({"views": 0}, "`views`: expected at least 1"),
+])
+def test_bad_settings(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(tiny(**settings), tmp_path / "run", Orange())
+    assert not (tmp_path / "run").exists()
+
+
+def test_image_size_must_be_the_guidance_s(tmp_path):
+    config = tiny()
+    config.render.image_size = 32
+    with pytest.raises(ValueError, match="`image_size`: expected 16, .* got 32"):
+        Trainer(config, tmp_path / "run", Orange())
+
+
+def test_checkpoints_that_cannot_be_used(tmp_path):
+    finish(tiny(), tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    whole = path.read_bytes()
+    with pytest.raises(ValueError, match="expected 'orange', the run's own, got 'blue'"):
+        Trainer(tiny(prompt="blue"), tmp_path, Orange(), resume=True)
+    for content in (whole[:100], whole[:-1], whole[: len(whole) // 2], b"", b"not a checkpoint"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="got a truncated or foreign file"):
+            load_renderer(tmp_path)
+    tensors, config = {"x": torch.zeros(1)}, "{}"
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="safetensors file of something else"):
+        checkpoint.load(path)
+    save_file(tensors, path, {"format": checkpoint.FORMAT, "version": "99", "config": config})
+    with pytest.raises(ValueError, match="expected .* of version 1, got version 99"):
+        checkpoint.load(path)
+    path.unlink()
+    with pytest.raises(ValueError, match="got no file"):
+        checkpoint.load(path)
+
+
+def test_config_round_trip_and_unknown_keys():
+    config = tiny()
+    stored = json.loads(json.dumps(config.to_dict()))
+    assert RunConfig.from_dict(stored) == config
+    with pytest.raises(ValueError, match="config `field`: unknown widht"):
+        RunConfig.from_dict({"field": {"widht": 3}})
+
+
+def test_rates_warm_up_and_decay():
+    config = tiny(steps=1000)
+    shares = [rate_share(k, config) for k in range(1000)]
+    assert shares[0] == pytest.approx(1 / config.optimizer.warmup, rel=0.01)
+    assert max(shares) <= 1 and shares[-1] == pytest.approx(config.optimizer.final_share, abs=0.01)
+
+
+def test_opacity_penalty_is_the_papers():
+    opacity = torch.tensor([[[0.0, 0.3], [1.0, 0.5]]])
+    want = sum((o * o + 0.01) ** 0.5 for o in (0.0, 0.3, 1.0, 0.5))
+    assert float(opacity_penalty(opacity)) == pytest.approx(want, rel=1e-6)
