@@ -12,6 +12,7 @@
 #include "frequency_encode.h"
 #include "hash_encode.h"
 #include "march.h"
+#include "mlp.h"
 #include "occupancy.h"
 #include "rays.h"
 #include "spherical_harmonics.h"
@@ -190,16 +191,57 @@ static void bind_march(py::module_& m) {
   m.def("march",
         [](bool is_double, Address rays_o, Address rays_d, Address near, Address far,
            Address bitfield, Address seed, Address positions, Address t, Address dt,
-           Address packed, Address count, Address first, int64_t n, int64_t capacity,
-           int resolution, double bound, double step, bool jitter, Address stream) {
-          LAUNCH(march, MarchArgs, rays_o, rays_d, near, far, bitfield, seed, positions, t,
-                 dt, packed, count, first, n, capacity, resolution, bound, step, jitter);
+           Address packed, Address count, Address first, Address blocks, int64_t n,
+           int64_t capacity, int resolution, double bound, double step, bool jitter,
+           Address stream) {
+          LAUNCH(march, MarchArgs, rays_o, rays_d, near, far, bitfield, seed, positions, t, dt,
+                 packed, count, first, blocks, n, capacity, resolution, bound, step, jitter);
         },
         GilReleased(), py::arg("is_double"), py::arg("rays_o"), py::arg("rays_d"), py::arg("near"),
         py::arg("far"), py::arg("bitfield"), py::arg("seed"), py::arg("positions"), py::arg("t"),
-        py::arg("dt"), py::arg("packed"), py::arg("count"), py::arg("first"), py::arg("n"),
-        py::arg("capacity"), py::arg("resolution"), py::arg("bound"), py::arg("step"),
-        py::arg("jitter"), py::arg("stream"));
+        py::arg("dt"), py::arg("packed"), py::arg("count"), py::arg("first"),
+        py::arg("blocks"), py::arg("n"), py::arg("capacity"), py::arg("resolution"),
+        py::arg("bound"), py::arg("step"), py::arg("jitter"), py::arg("stream"));
+}
+
+// ---- mlp ----------------------------------------------------------------------------------------
+static df::MlpShape mlp_shape(const std::vector<int>& widths, bool bias, bool silu) {
+  if (widths.size() < 2 || widths.size() > df::MLP_MAX_LAYERS + 1)
+    throw py::value_error("expected 2 to 33 widths");
+  df::MlpShape shape{int(widths.size()) - 1, {}, bias, silu};
+  std::copy(widths.begin(), widths.end(), shape.width);
+  return shape;
+}
+
+static void bind_mlp(py::module_& m) {
+  m.def("mlp_workspace",
+        [](bool is_double, int64_t n, const std::vector<int>& widths, bool bias, bool silu,
+           bool params) {
+          const int64_t rows = is_double ? df::MlpBlock<double>::rows : df::MlpBlock<float>::rows;
+          return df::mlp_chunks(n) *
+                 df::mlp_chunk_workspace(mlp_shape(widths, bias, silu), rows, params);
+        },
+        py::arg("is_double"), py::arg("n"), py::arg("widths"), py::arg("bias"), py::arg("silu"),
+        py::arg("params"), "Numbers in mlp_backward's workspace.");
+  m.def("mlp_forward",
+        [](bool is_double, Address x, Address params, Address out, Address count, int64_t n,
+           const std::vector<int>& widths, bool bias, bool silu, Address stream) {
+          LAUNCH(mlp_forward, MlpArgs, x, params, {}, out, {}, {}, {}, count, n,
+                 mlp_shape(widths, bias, silu));
+        },
+        GilReleased(), py::arg("is_double"), py::arg("x"), py::arg("params"), py::arg("out"),
+        py::arg("count"), py::arg("n"), py::arg("widths"), py::arg("bias"), py::arg("silu"),
+        py::arg("stream"));
+  m.def("mlp_backward",
+        [](bool is_double, Address x, Address params, Address grad_out, Address grad_x,
+           Address grad_params, Address workspace, Address count, int64_t n,
+           const std::vector<int>& widths, bool bias, bool silu, Address stream) {
+          LAUNCH(mlp_backward, MlpArgs, x, params, grad_out, {}, grad_x, grad_params, workspace,
+                 count, n, mlp_shape(widths, bias, silu));
+        },
+        GilReleased(), py::arg("is_double"), py::arg("x"), py::arg("params"), py::arg("grad_out"),
+        py::arg("grad_x"), py::arg("grad_params"), py::arg("workspace"), py::arg("count"),
+        py::arg("n"), py::arg("widths"), py::arg("bias"), py::arg("silu"), py::arg("stream"));
 }
 
 // ---- occupancy ----------------------------------------------------------------------------------
@@ -352,6 +394,7 @@ PYBIND11_MODULE(DF_MODULE, m) {
   bind_frequency_encode(m);
   bind_hash_encode(m);
   bind_march(m);
+  bind_mlp(m);
   bind_occupancy(m);
   bind_rays(m);
   bind_spherical_harmonics(m);

@@ -25,8 +25,8 @@ template <class V, class T> inline V load(const T* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-template <class V, class T> inline void store(T* p, V v) { std::memcpy(p, &v, sizeof v); }
-template <class V, class T> inline V lerp(V a, V b, T w) { return a + w * (b - a); }
+template <class V, class T> inline void store(T* p, const V& v) { std::memcpy(p, &v, sizeof v); }
+template <class V, class T> inline V lerp(const V& a, const V& b, T w) { return a + w * (b - a); }
 
 // Calls f(F, dense) with integral constants.
 template <class F> void on_grid(int n_features, bool dense, const F& f) {

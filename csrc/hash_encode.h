@@ -58,19 +58,18 @@ template <bool DENSE> DF_HD uint32_t hash_row(uint32_t x, uint32_t y, uint32_t z
 // One coordinate's cell, weight of the upper corner, and that weight's derivative by x.
 template <class T> struct HashAxis { uint32_t cell; T weight, slope; };
 template <class T> DF_HD HashAxis<T> hash_axis(T x, uint32_t resolution, bool smoothstep) {
-  const T scale = T(int32_t(resolution));
+  const T scale = T(int32_t(resolution)), clamped = clamp(x, T(0), T(1));
   // Rounded before it is used: a fused multiply-add would move the fraction out of the cell.
 #if defined(__CUDA_ARCH__)
   T pos;
-  if constexpr (sizeof(T) == 4) pos = __fmul_rn(clamp(x, T(0), T(1)), scale);
-  else pos = __dmul_rn(clamp(x, T(0), T(1)), scale);
+  if constexpr (sizeof(T) == 4) pos = __fmul_rn(clamped, scale);
+  else pos = __dmul_rn(clamped, scale);
 #else
-  const T pos = clamp(x, T(0), T(1)) * scale;  // used twice: g++ and clang do not fuse it
+  const T pos = clamped * scale;  // used twice: g++ and clang do not fuse it
 #endif
-  const int32_t last = int32_t(resolution) - 1;
-  const int32_t cell = pos < scale ? int32_t(pos) : last;  // NaN: last
+  const int32_t cell = int32_t(pos < scale ? pos : scale - T(1));  // NaN: the last
   const T f = pos - T(cell);
-  const T inside = x >= T(0) && x <= T(1) ? scale : T(0);
+  const T inside = clamped == x ? scale : T(0);
   if (!smoothstep) return {uint32_t(cell), f, inside};
   return {uint32_t(cell), f * f * (T(3) - T(2) * f), inside * T(6) * f * (T(1) - f)};
 }

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t GRAIN = 64;         // rays a chunk
 constexpr int64_t FILL_GRAIN = 8192;  // unused rows a chunk
+constexpr int64_t BLOCK_GRAIN = 256;  // blocks of cells a chunk
 
 template <class T> bool finite(vec3<T> v) {
   return std::isfinite(v.x) && std::isfinite(v.y) && std::isfinite(v.z);
@@ -58,8 +59,16 @@ template <class T> void check_rays(const MarchArgs<T>& a) {
   if (first_bad < a.n) fail(a, first_bad);
 }
 
+template <class T> void find_blocks(const MarchArgs<T>& a, const OccupancyGrid<T>& g) {
+  const int64_t n = int64_t(g.n_blocks) * g.n_blocks * g.n_blocks;
+  parallel_for(n, BLOCK_GRAIN, [&](int64_t i, int64_t end) {
+    for (; i < end; ++i) a.blocks[i] = find_block(g, int(i));
+  });
+}
+
 // Writes each ray's number of samples into packed[:, 1], and its first bin.
-template <class T> void count_samples(const MarchArgs<T>& a, const Grid<T>& grid, uint64_t seed) {
+template <class T>
+void count_samples(const MarchArgs<T>& a, const OccupancyGrid<T>& grid, uint64_t seed) {
   parallel_for(a.n, GRAIN, [&](int64_t ray, int64_t last) {
     for (; ray < last; ++ray) {
       const Ray<T> r = load_ray(a, ray);
@@ -90,7 +99,7 @@ template <class T> int64_t scan(const MarchArgs<T>& a) {
   return used;
 }
 
-template <class T> void fill(const MarchArgs<T>& a, const Grid<T>& grid, uint64_t seed) {
+template <class T> void fill(const MarchArgs<T>& a, const OccupancyGrid<T>& grid, uint64_t seed) {
   parallel_for(a.n, GRAIN, [&](int64_t ray, int64_t last) {
     for (; ray < last; ++ray) {
       int64_t row = a.packed[2 * ray];
@@ -111,8 +120,9 @@ template <class T> void fill(const MarchArgs<T>& a, const Grid<T>& grid, uint64_
 
 template <class T> void march(const MarchArgs<T>& a, Stream) {
   check_rays(a);
-  const Grid<T> grid = load_grid(a);
+  const OccupancyGrid<T> grid = load_grid(a);
   const uint64_t seed = uint64_t(*a.seed);
+  find_blocks(a, grid);
   count_samples(a, grid, seed);
   const int64_t used = scan(a);
   fill(a, grid, seed);

@@ -5,7 +5,8 @@ The defaults are the toybox's, sized for minutes on two CPU cores.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+import dataclasses
+from dataclasses import dataclass
 
 
 @dataclass
@@ -80,15 +81,15 @@ class RunConfig:
     seed: int = 0
     checkpoint_every: int = 100  # steps
     preview_every: int = 50  # steps
-    camera: CameraConfig = field(default_factory=CameraConfig)
-    field: FieldConfig = field(default_factory=FieldConfig)
-    render: RenderConfig = field(default_factory=RenderConfig)
-    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    camera: CameraConfig = dataclasses.field(default_factory=CameraConfig)
+    field: FieldConfig = dataclasses.field(default_factory=FieldConfig)
+    render: RenderConfig = dataclasses.field(default_factory=RenderConfig)
+    guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict) -> RunConfig:
@@ -101,7 +102,7 @@ class RunConfig:
 
 
 def _known(kind, values: dict, name: str):
-    unknown = set(values) - {f.name for f in fields(kind)}
+    unknown = set(values) - {f.name for f in dataclasses.fields(kind)}
     if unknown:
         raise ValueError(f"config `{name}`: unknown {', '.join(sorted(unknown))}")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
@@ -110,7 +111,6 @@ def _known(kind, values: dict, name: str):
 def preset(guidance: str, **settings) -> RunConfig:
     """The defaults that suit a guidance, with `settings` of RunConfig on top."""
     config = RunConfig(guidance=GuidanceConfig(name=guidance), **settings)
-    if guidance == "exemplar":  # exact scores of pictures on grey: nothing to amplify
+    if guidance == "exemplar":  # exact scores: nothing to amplify
         config.guidance.scale = 0.0
-        config.render.background = "grey"
     return config

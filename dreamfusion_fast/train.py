@@ -106,6 +106,7 @@ class Trainer:
         rendering = self.renderer(cameras.to(self.device), self._seed(generator), background)
 
         self.guidance.seconds = 0.0
+        self.guidance.set_cameras(cameras, background, generator)
         cond = self.views[cameras.view_index().to(self.views.device)]
         uncond = None
         if self.unconditional is not None:
@@ -220,7 +221,7 @@ def _keep_lines(path: Path, n: int) -> None:
 
 
 class _Timed:
-    """Forwards to a guidance object and adds up the seconds spent in its predictions."""
+    """Forwards to a guidance object and adds up the seconds spent in it."""
 
     def __init__(self, guide):
         self.guide, self.seconds = guide, 0.0
@@ -229,12 +230,20 @@ class _Timed:
         return getattr(self.guide, name)
 
     def predict_noise(self, z_t: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
+        return self._timed(self.guide.predict_noise, z_t, t, embedding)
+
+    def set_cameras(self, *view) -> None:
+        """Tell a guidance that depends on the exact camera (it has this method) what comes."""
+        if hasattr(self.guide, "set_cameras"):
+            self._timed(self.guide.set_cameras, *view)
+
+    def _timed(self, call, *args):
         self._wait()
         began = time.perf_counter()
-        noise = self.guide.predict_noise(z_t, t, embedding)
+        result = call(*args)
         self._wait()
         self.seconds += time.perf_counter() - began
-        return noise
+        return result
 
     @staticmethod
     def _wait() -> None:

@@ -18,10 +18,12 @@ TOLERANCE = {
     "composite": ((1e-4, 1e-4), (1e-11, 1e-12)),
     # Sine and cosine to 2 ulp of 1; gradients add up to 2^l times that, l < 5 in the tests.
     "frequency_encode": ((1e-5, 1e-5), (1e-12, 1e-12)),
-    # Weights agree to the bit; sums of up to 2000 points times 16 cells a side in another order.
-    "hash_encode": ((1e-4, 1e-4), (1e-12, 1e-12)),
     # Sums over all pixels of an image, in another order, of gradients of size 1.
     "generate_rays": ((1e-4, 1e-4), (1e-12, 1e-12)),
+    # Weights agree to the bit; sums of up to 2000 points times 16 cells a side in another order.
+    "hash_encode": ((1e-4, 1e-4), (1e-12, 1e-12)),
+    # Sums of up to 256 products of size 1 a layer, and of 3000 rows, in another order.
+    "mlp": ((1e-4, 2e-4), (1e-11, 1e-11)),
     # One rounding more or less (FMA).
     "occupancy_points": ((1e-6, 1e-6), (1e-14, 1e-14)),
     # Divided by a direction's component, which may be small.

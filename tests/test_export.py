@@ -134,7 +134,7 @@ def test_mesh_of_a_sphere():
 
 
 def test_mesh_of_a_hollow_box_is_one_closed_box():
-    result = export.mesh(field(shell(0.3, 0.06)), RADIUS, 96)
+    result = export.mesh(field(shell(0.3, 0.06)), RADIUS, 96, iso=22.0)
     assert result.is_watertight and result.body_count == 1
     assert result.volume == pytest.approx(0.6**3, rel=0.04)
     assert result.area == pytest.approx(6 * 0.6**2, rel=0.04)

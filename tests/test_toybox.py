@@ -78,26 +78,36 @@ def test_prompts_the_toybox_cannot_mean(text, words):
 
 
 def test_exemplar_matches_the_closed_form(rng):
-    x = torch.rand(5, 12, generator=rng) * 2 - 1
-    z = torch.randn(12, generator=rng)
-    a = torch.tensor(0.3)
-    logits = -(z - a.sqrt() * x).square().sum(1) / (2 * (1 - a))
-    x0 = (logits.softmax(0)[:, None] * x).sum(0)
-    want = (z - a.sqrt() * x0) / (1 - a).sqrt()
-    torch.testing.assert_close(exemplar.ExemplarGuidance._score(z, a, x), want)
+    x = torch.rand(2, 5, 12, generator=rng) * 2 - 1
+    z, a = torch.randn(2, 12, generator=rng), torch.tensor([0.3, 0.8])
+    for i in range(2):
+        logits = [-(z[i] - a[i].sqrt() * p).square().sum() / (2 * (1 - a[i])) for p in x[i]]
+        x0 = sum(w * p for w, p in zip(torch.stack(logits).softmax(0), x[i]))
+        want = (z[i] - a[i].sqrt() * x0) / (1 - a[i]).sqrt()
+        torch.testing.assert_close(exemplar.exact_noise(z, a, x)[i], want, rtol=1e-4, atol=1e-4)
 
 
 def test_exemplar_recovers_a_single_picture(rng):
-    x = torch.rand(1, 12, generator=rng) * 2 - 1
-    noise, a = torch.randn(12, generator=rng), torch.tensor(0.4)
+    x = torch.rand(1, 1, 12, generator=rng) * 2 - 1
+    noise, a = torch.randn(1, 12, generator=rng), torch.tensor([0.4])
     z = a.sqrt() * x[0] + (1 - a).sqrt() * noise
-    torch.testing.assert_close(exemplar.ExemplarGuidance._score(z, a, x), noise,
-                               rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(exemplar.exact_noise(z, a, x), noise, rtol=1e-4, atol=1e-4)
+
+
+def test_exemplar_sees_the_object_from_the_camera(rng):
+    guide = exemplar.ExemplarGuidance()
+    guide.embed(["a blue cube"])
+    background = torch.tensor([[1.0, 0.0, 0.0]]).expand(2, 3)
+    guide.set_cameras(camera.orbit([0.0, 180.0], 0.0, 1.4, 1.0), background, rng)
+    pictures = guide.pictures.view(2, 3, 3, 64, 64) / 2 + 0.5
+    torch.testing.assert_close(pictures[:, :, :, 0, 0], background[:, None].expand(2, 3, 3))
+    middle = pictures[:, 0, :, 32, 32]
+    torch.testing.assert_close(middle, torch.tensor([world.COLOURS["blue"]] * 2))
 
 
 def test_exemplar_needs_a_colour():
     with pytest.raises(ValueError, match="expected a colour"):
-        exemplar.ExemplarGuidance(n=8).embed(["a car, front view"])
+        exemplar.ExemplarGuidance().embed(["a car, front view"])
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """Guidance: a frozen text-to-image prior that says how noise looks in a picture.
 
 An object that guides has `embed(prompts)`, `encode(image)`, `predict_noise(z_t, t, embedding)`,
-`alphas_cumprod` and `image_size`; it needs no base class.
+`alphas_cumprod` and `image_size`; it needs no base class. If it has `set_cameras(cameras,
+background, generator)`, that is called before each prediction.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import torch
 
 from ._backend import check_range, check_tensor, is_double, kernels, ptr, register, stream
 
+EDGE = 8  # cells along the edge of a block that is jumped over when empty
 SMALLEST = 1e-18  # of a length: the reciprocal of its square is still a float32
 LARGEST = 1e18
 
@@ -120,9 +121,11 @@ def _march(rays_o, rays_d, near, far, bitfield, resolution, bound, step, capacit
     out = _empty(
         rays_o, rays_d, near, far, bitfield, resolution, bound, step, capacity, seed, jitter
     )
-    first = torch.empty_like(out[3][:, 0])
+    first = torch.empty_like(near, dtype=torch.int32)
+    blocks = bitfield.new_empty((-(-resolution // EDGE)) ** 3)
     kernels(rays_o).march(
-        is_double(rays_o), *map(ptr, (rays_o, rays_d, near, far, bitfield, seed, *out, first)),
+        is_double(rays_o),
+        *map(ptr, (rays_o, rays_d, near, far, bitfield, seed, *out, first, blocks)),
         rays_o.shape[0], capacity, resolution, bound, step, jitter, stream(rays_o),
     )  # fmt: skip
     return out

@@ -190,6 +190,20 @@ def march(
     return *out, packed, ends[-1:].int() if len(ends) else packed.new_zeros(1)
 
 
+# ---- mlp ----------------------------------------------------------------------------------------
+def mlp(x, params, widths, activation="relu", bias=False, count=None):
+    """Linear layers from one array of parameters; the last has no activation."""
+    h, start = mask_rows(x, count), 0
+    for i, (n_in, n_out) in enumerate(itertools.pairwise(widths)):
+        if i > 0:
+            h = getattr(torch.nn.functional, activation)(h)
+        weight = params[start : start + n_out * n_in].reshape(n_out, n_in)
+        start += n_out * n_in
+        h = torch.nn.functional.linear(h, weight, params[start : start + n_out] if bias else None)
+        start += n_out * bias
+    return mask_rows(h, count)
+
+
 # ---- occupancy ----------------------------------------------------------------------------------
 def occupancy_points(resolution, bound, seed, dtype=torch.float32, device=None):
     """((x, y, z) + u) 2 bound / G - bound for cell (x G + y) G + z."""

@@ -1,85 +1,83 @@
 """Guidance by the exact score of a finite set of pictures: no network, no training.
 
 For pictures x_i the ideal denoiser is E[x0 | z_t] = sum_i softmax_i(-|z_t - alpha x_i|² / 2
-sigma²) x_i (Karras et al. 2022, appendix B.3). It is the oracle for tests of the whole loop.
+sigma²) x_i (Karras et al. 2022, appendix B.3). The pictures are those of the prompt's true object
+from the very camera that is guided, under several lights: the oracle for tests of the whole loop,
+and what SDS can reach when the prior knows everything.
 """
 
 from __future__ import annotations
 
-import zlib
-
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from . import world
-from .pictures import SIZE, Pictures
-from .shapes import OBJECTS
+from ..camera import Cameras
+from . import renderer, world
+from .pictures import SIZE, pinhole_rays
 
 
 class ExemplarGuidance:
-    """Exact guidance over `n` pictures of an object per view-dependent prompt.
+    """Exact guidance towards one toybox object, for the cameras given by set_cameras.
 
-    The pictures are albedo renderings on `background`. An embedding is the row number of a view's
-    set, (B,) int64.
+    Args:
+        device: where scores are computed.
+        lights: pictures of each view beside the plain albedo, each lit from another place.
     """
 
     image_size = SIZE
 
-    def __init__(self, device="cpu", n: int = 4096, seed: int = 0,
-                 background: tuple[float, float, float] = (0.5, 0.5, 0.5)):
-        self.device, self.n, self.seed = torch.device(device), n, seed
-        self.background = torch.tensor(background)
-        self.sets: dict[str, Tensor] = {}
+    def __init__(self, device="cpu", lights: int = 2):
+        self.device, self.lights = torch.device(device), lights
         schedule = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
         self.alphas_cumprod = schedule.alphas_cumprod.to(self.device)
+        self.pictures: Tensor | None = None  # (B, lights + 1, 3 * 64 * 64) in [-1, 1]
 
     def embed(self, prompts: list[str]) -> Tensor:
-        """Render each prompt's set of pictures, once. Raises ValueError for a prompt that the
-        toybox cannot mean, or that names no colour."""
+        """Take the object from the prompts, which must agree on it; the embeddings, (B, 1) zeros,
+        say nothing more. Raises ValueError for a prompt that the toybox cannot mean, or that names
+        no colour."""
         for text in prompts:
-            if text not in self.sets:
-                world.check_prompt(text)
-                self._render_sets(text)
-        names = list(self.sets)
-        return torch.tensor([names.index(p) for p in prompts], device=self.device)
+            world.check_prompt(text)
+            colour, name = world.parse(text)
+            if colour is None:
+                raise ValueError(f"argument `prompt`: expected a colour of "
+                                 f"{', '.join(world.COLOURS)}, got {text!r}")
+            self.name, self.palette = name, renderer.palette(name, world.COLOURS[colour])
+        return torch.zeros(len(prompts), 1, device=self.device)
 
-    def _render_sets(self, text: str) -> None:
-        colour, name = world.parse(text)
-        if colour is None:
-            raise ValueError(f"argument `prompt`: expected a colour of {', '.join(world.COLOURS)}, "
-                             f"got {text!r}")
-        base = text.split(",")[0]
-        pictures = Pictures(self.n, self.seed, objects=[name])
-        generator = torch.Generator().manual_seed(self.seed + zlib.crc32(base.encode()))
-        images = [pictures.render(i, pictures.palettes[colour, name].expand(len(i), -1, -1),
-                                  torch.zeros(len(i), dtype=torch.bool), generator,
-                                  self.background)
-                  for i in torch.arange(self.n).split(64)]
-        flat = torch.cat(images).flatten(1).to(self.device) * 2.0 - 1.0
-        view = pictures.views["view"].to(self.device)
-        self.sets[base] = flat
-        for k, word in enumerate(world.VIEWS):
-            self.sets[world.with_view(base, word)] = flat[view == k]
+    def set_cameras(self, cameras: Cameras, background: Tensor,
+                    generator: torch.Generator) -> None:
+        """Render the pictures of B cameras, before `background` (B, 3) colours in [0, 1]."""
+        rays_o, rays_d = pinhole_rays(cameras, 2 * SIZE)
+        g = renderer.trace(self.name, rays_o, rays_d)
+        points = rays_o + g.depth.float()[..., None] * rays_d
+        n = len(rays_o)
+        pictures = []
+        for k in range(self.lights + 1):
+            toward = cameras.c2w[:, :, 3] + torch.randn(n, 3, generator=generator)
+            pictures.append(renderer.shade(
+                g.part, g.normal, points, self.palette.expand(n, -1, -1),
+                background[:, None, None], 1.2 * F.normalize(toward, dim=-1),
+                torch.full((n,), 0.4 if k else 1.0)))
+        stacked = torch.stack(pictures, 1).flatten(2)
+        self.pictures = stacked.to(self.device) * 2.0 - 1.0
 
     def encode(self, image: Tensor) -> Tensor:
         """Image (B, 3, 64, 64) in [0, 1] to [-1, 1]."""
         return image * 2.0 - 1.0
 
-    def decode(self, z: Tensor) -> Tensor:
-        return (z + 1.0) / 2.0
-
-    @torch.no_grad()
     def predict_noise(self, z_t: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
-        sets = list(self.sets.values())
-        return torch.stack([self._score(z, self.alphas_cumprod[i], sets[k])
-                            for z, i, k in zip(z_t, t, embedding.tolist())])
+        """The exact noise, z_t (B, 3, 64, 64), t (B,)."""
+        noise = exact_noise(z_t.flatten(1), self.alphas_cumprod[t], self.pictures)
+        return noise.view_as(z_t)
 
-    @staticmethod
-    def _score(z: Tensor, alpha2: Tensor, pictures: Tensor) -> Tensor:
-        alpha, sigma2 = alpha2.sqrt(), 1.0 - alpha2
-        flat = z.flatten()
-        # |z - alpha x|² without its part that is the same for all pictures.
-        distance = alpha2 * pictures.square().sum(1) - 2.0 * alpha * (pictures @ flat)
-        x0 = (torch.softmax(-distance / (2.0 * sigma2), 0) @ pictures).view_as(z)
-        return (z - alpha * x0) / sigma2.sqrt()
+
+def exact_noise(z: Tensor, alpha2: Tensor, pictures: Tensor) -> Tensor:
+    """E[eps | z_t] over equally likely pictures. z (B, D), alpha2 (B,), pictures (B, K, D)."""
+    alpha, sigma2 = alpha2.sqrt()[:, None], 1.0 - alpha2[:, None]
+    distance = (z[:, None] - alpha[..., None] * pictures).square().sum(-1)
+    share = torch.softmax(-distance / (2.0 * sigma2), dim=1)
+    x0 = (share[..., None] * pictures).sum(1)
+    return (z - alpha * x0) / sigma2.sqrt()

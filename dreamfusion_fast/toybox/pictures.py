@@ -90,9 +90,15 @@ class Pictures:
         return torch.where(mirrored[:, None, None, None], images.flip(-1), images), prompts
 
     def render(
-        self, index: Tensor, palettes: Tensor, lit: Tensor, generator: torch.Generator
+        self,
+        index: Tensor,
+        palettes: Tensor,
+        lit: Tensor,
+        generator: torch.Generator,
+        background: Tensor | None = None,
     ) -> Tensor:
-        """Shade the views `index` (n,) with the paper's light and a random background."""
+        """Shade the views `index` (n,) with the paper's light, before `background` (3,) or, by
+        default, random ones."""
         n = len(index)
         v = {k: self.views[k][index] for k in ("part", "normal", "depth", "c2w", "focal")}
         cameras = camera.Cameras(v["c2w"], v["focal"], v["focal"], v["focal"])

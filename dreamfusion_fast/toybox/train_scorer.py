@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from .. import camera
 from . import world
 from .pictures import SIZE, Pictures
 from .train_prior import build_tokenizer
@@ -41,11 +42,13 @@ HALF = [0.5, 0.5, 0.5]  # mean and standard deviation of the model's normalisati
 class ScorerConfig:
     minutes: float = 12.0  # wall time of all sessions together
     batch: int = 64
-    learning_rate: float = 1.2e-3
+    fresh: int = 16  # new pictures a step; the others were drawn before, and are spoilt anew
+    bank: int = 2048  # pictures kept for that
+    learning_rate: float = 8e-4
     warmup: int = 200  # steps
     weight_decay: float = 0.05
     ema: float = 0.998
-    spoilt: float = 0.75  # share of the pictures that `spoil` may change
+    spoilt: float = 0.6  # share of the pictures that `spoil` may change
     views_per_object: int = 600
     seed: int = 0
     threads: int = 2
@@ -82,22 +85,50 @@ def build_model(vocabulary: int) -> CLIPModel:
 
 
 class Source:
-    """An endless source of (images, pair indices): all pairs of world.all_pairs() alike."""
+    """An endless source of (images, pair indices): all pairs of world.all_pairs() alike.
+
+    It leaves out the views that a judge of whole objects need not know: overhead, small, cropped.
+    """
 
     def __init__(self, pictures: Pictures):
         self.pictures = pictures
+        hit = pictures.views["part"] != 255
+        edge = torch.cat((hit[:, 0], hit[:, -1], hit[:, :, 0], hit[:, :, -1]), dim=1)
+        whole = (edge.float().mean(1) < 0.08) & (hit.sum((1, 2)) > 0.04 * hit[0].numel())
+        overhead = pictures.views["view"] == camera.VIEWS.index("overhead")
+        kept = (whole & ~overhead).nonzero()[:, 0]
+        self.kept = kept.split(torch.bincount(kept // pictures.per_object).tolist())  # by object
         self.palettes = torch.stack([pictures.palettes[pair] for pair in world.all_pairs()])
 
     def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """n clean images (n, 3, 64, 64) in [0, 1], one in three lit, and pair indices (n,)."""
+        """n clean images (n, 3, 64, 64) in [0, 1], one in four lit, and pair indices (n,)."""
         p, colours = self.pictures, len(world.COLOURS)
-        index = torch.randint(len(p.views["part"]), (n,), generator=generator)
-        colour = torch.randint(colours, (n,), generator=generator)
-        pair = torch.div(index, p.per_object, rounding_mode="floor") * colours + colour
-        lit = torch.rand(n, generator=generator) < 0.33
+        pair = torch.randint(len(self.palettes), (n,), generator=generator)
+        chance = torch.rand(n, generator=generator).tolist()
+        rows = [self.kept[k] for k in (pair // colours).tolist()]
+        index = torch.stack([row[int(u * len(row))] for row, u in zip(rows, chance)])
+        lit = torch.rand(n, generator=generator) < 0.25
         images = p.render(index, self.palettes[pair], lit, generator)
         mirrored = torch.rand(n, generator=generator) < 0.5  # the world is symmetric in y
         return torch.where(mirrored[:, None, None, None], images.flip(-1), images), pair
+
+
+class Bank:
+    """The last pictures of a source, to be used again: shading one costs as much as a step."""
+
+    def __init__(self, source: Source, size: int, generator: torch.Generator):
+        self.source, self.generator, self.next = source, generator, 0
+        parts = [source.draw(64, generator) for _ in range(-(-size // 64))]
+        self.images, self.pairs = (torch.cat(x)[:size] for x in zip(*parts))
+
+    def draw(self, n: int, fresh: int) -> tuple[Tensor, Tensor]:
+        """n images, `fresh` of them new, and pair indices; the oldest leave the bank."""
+        rows = (self.next + torch.arange(fresh)) % len(self.pairs)
+        self.images[rows], self.pairs[rows] = self.source.draw(fresh, self.generator)
+        self.next = (self.next + fresh) % len(self.pairs)
+        old = torch.randint(len(self.pairs), (n - fresh,), generator=self.generator)
+        rows = torch.cat((rows, old))[torch.randperm(n, generator=self.generator)]
+        return self.images[rows], self.pairs[rows]
 
 
 def spoil(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -111,15 +142,15 @@ def spoil(images: Tensor, generator: torch.Generator) -> Tensor:
     def sometimes(share: float) -> Tensor:
         return (uniform(0, 1) < share).float()
 
-    # Outlines bent by a smooth displacement of up to some 3 pixels.
-    bend = torch.randn(b, 2, 5, 5, generator=generator) * uniform(0, 0.05)
+    # Outlines bent by a smooth displacement of up to some 2 pixels.
+    bend = torch.randn(b, 2, 5, 5, generator=generator) * uniform(0, 0.04)
     bend = F.interpolate(bend, (s, s), mode="bicubic", align_corners=True)
     grid = F.affine_grid(torch.eye(2, 3).expand(b, 2, 3), list(images.shape), align_corners=False)
     x = F.grid_sample(
         images, grid + bend.permute(0, 2, 3, 1), padding_mode="border", align_corners=False
     )
     # A missing part shows what the corner shows: mostly background.
-    x = x + (x[:, :, :1, :1] - x) * sometimes(0.3) * _blob(s, uniform, 0.1, 0.3)
+    x = x + (x[:, :, :1, :1] - x) * sometimes(0.2) * _blob(s, uniform, 0.1, 0.25)
     for _ in range(3):  # floaters
         colour, opacity = uniform(0, 1, 3, 1, 1), uniform(0, 0.7) * sometimes(0.3)
         x = x + (colour - x) * opacity * _blob(s, uniform, 0.03, 0.25)
@@ -217,9 +248,10 @@ class Trainer:
         c = self.config
         source = Source(Pictures(c.views_per_object, c.seed, cache))
         generator = torch.Generator().manual_seed(c.seed + 1 + self.step)
+        bank = Bank(source, c.bank, generator)
         last = saved = time.perf_counter()
         while self.elapsed < 60 * c.minutes:
-            images, pair = source.draw(c.batch, generator)
+            images, pair = bank.draw(c.batch, c.fresh)
             n = round(c.spoilt * c.batch)
             images = torch.cat((spoil(images[:n], generator), images[n:]))
             self.train_step(images, pair)

@@ -1,0 +1,328 @@
+// Multilayer perceptron on the CPU. Rows are taken in blocks whose values lie feature by feature
+// (feature c of row r at values[c * ROWS + r]), small enough for the caches; a register tile of
+// 4 features x 2 vectors of rows does nearly all the work, forward and back.
+#include "mlp.h"
+
+#include <cstring>
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the machine's are never passed
+
+namespace df {
+namespace DF_ISA {
+namespace {
+
+#if defined(__AVX__)
+constexpr int VECTOR_BYTES = 32;
+#else
+constexpr int VECTOR_BYTES = 16;
+#endif
+constexpr int TILE = 4;  // features a tile
+
+template <class T> struct Simd {
+  typedef T vector __attribute__((vector_size(VECTOR_BYTES)));
+  typedef T quad __attribute__((vector_size(4 * sizeof(T))));
+  static constexpr int lanes = VECTOR_BYTES / sizeof(T);
+};
+template <class T> using Vector = typename Simd<T>::vector;
+
+template <class V, class T> inline V load(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class T> inline void store(T* p, const V& v) { std::memcpy(p, &v, sizeof v); }
+
+template <class T> inline T sum(const Vector<T>& v) {
+  T s[Simd<T>::lanes];
+  store(s, v);
+  for (int half = Simd<T>::lanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) s[i] += s[i + half];
+  return s[0];
+}
+
+// out[c * out_stride + r] = in[r * in_stride + c] for a 4 x 4 square.
+template <class T>
+inline void transpose_square(const T* in, int64_t in_stride, T* out, int64_t out_stride) {
+#if defined(__clang__) || __GNUC__ >= 12
+  using Q = typename Simd<T>::quad;
+  const Q a = load<Q>(in), b = load<Q>(in + in_stride), c = load<Q>(in + 2 * in_stride),
+          d = load<Q>(in + 3 * in_stride);
+  const Q ab = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  const Q cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+  const Q ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Q cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  store<Q>(out, __builtin_shufflevector(ab, cd, 0, 1, 4, 5));
+  store<Q>(out + out_stride, __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
+  store<Q>(out + 2 * out_stride, __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5));
+  store<Q>(out + 3 * out_stride, __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7));
+#else
+  for (int r = 0; r < 4; ++r)
+    for (int c = 0; c < 4; ++c) out[c * out_stride + r] = in[r * in_stride + c];
+#endif
+}
+template <class T>
+void transpose(const T* in, int64_t in_stride, int rows, int columns, T* out, int64_t out_stride) {
+  const int whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
+  for (int r = 0; r < whole_rows; r += 4)
+    for (int c = 0; c < whole_columns; c += 4)
+      transpose_square(in + r * in_stride + c, in_stride, out + c * out_stride + r, out_stride);
+  for (int r = 0; r < rows; ++r)
+    for (int c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
+      out[c * out_stride + r] = in[r * in_stride + c];
+}
+
+// A block: ROWS rows, of which the first n are used, `padded` (whole tiles) computed.
+template <class T> struct Block {
+  static constexpr int ROWS = MlpBlock<T>::rows, STEP = 2 * Simd<T>::lanes;
+  int n, padded;
+  explicit Block(int64_t rows) : n(int(rows)), padded((n + STEP - 1) / STEP * STEP) {}
+
+  // Rows of `width` values to features, zero where padded; and back.
+  void read(const T* rows, int width, T* values) const {
+    transpose(rows, width, n, width, values, ROWS);
+    for (int c = 0; c < width; ++c) fill_zero(values + c * ROWS, n, padded);
+  }
+  void write(const T* values, int width, T* rows) const {
+    transpose(values, ROWS, width, n, rows, width);
+  }
+};
+
+// y[o] = bias[o] + sum_i w[o * w_out + i * w_in] x[i] for N features o.
+template <int N, class T>
+inline void multiply_tile(Block<T> block, const T* w, int64_t w_out, int64_t w_in, const T* bias,
+                          int n_in, const T* x, T* y) {
+  using V = Vector<T>;
+  constexpr int ROWS = Block<T>::ROWS, LANES = Simd<T>::lanes;
+  for (int r = 0; r < block.padded; r += 2 * LANES) {
+    V low[N], high[N];
+    for (int o = 0; o < N; ++o) low[o] = high[o] = V{} + (bias ? bias[o] : T(0));
+    for (int i = 0; i < n_in; ++i) {
+      const V x0 = load<V>(x + i * ROWS + r), x1 = load<V>(x + i * ROWS + r + LANES);
+      for (int o = 0; o < N; ++o) {
+        const T weight = w[o * w_out + i * w_in];
+        low[o] += weight * x0;
+        high[o] += weight * x1;
+      }
+    }
+    for (int o = 0; o < N; ++o) {
+      store(y + o * ROWS + r, low[o]);
+      store(y + o * ROWS + r + LANES, high[o]);
+    }
+  }
+}
+template <class T>
+void multiply(Block<T> block, const T* w, int64_t w_out, int64_t w_in, const T* bias, int n_out,
+              int n_in, const T* x, T* y) {
+  int o = 0;
+  const auto tile = [&](auto n) {
+    multiply_tile<decltype(n)::value>(block, w + o * w_out, w_out, w_in, bias ? bias + o : nullptr,
+                                      n_in, x, y + o * Block<T>::ROWS);
+    o += decltype(n)::value;
+  };
+  while (o + TILE <= n_out) tile(std::integral_constant<int, TILE>());
+  if (n_out - o == 3) tile(std::integral_constant<int, 3>());
+  if (n_out - o == 2) tile(std::integral_constant<int, 2>());
+  if (n_out - o == 1) tile(std::integral_constant<int, 1>());
+}
+
+// grad[o * n_in + i] += sum over rows of g[o] x[i], for N features o and M features i.
+template <int N, int M, class T>
+inline void add_products_tile(Block<T> block, const T* g, const T* x, int n_in, T* grad) {
+  using V = Vector<T>;
+  constexpr int ROWS = Block<T>::ROWS;
+  V acc[N][M] = {};
+  for (int r = 0; r < block.padded; r += Simd<T>::lanes) {
+    V xs[M];
+    for (int i = 0; i < M; ++i) xs[i] = load<V>(x + i * ROWS + r);
+    for (int o = 0; o < N; ++o) {
+      const V gs = load<V>(g + o * ROWS + r);
+      for (int i = 0; i < M; ++i) acc[o][i] += gs * xs[i];
+    }
+  }
+  for (int o = 0; o < N; ++o)
+    for (int i = 0; i < M; ++i) grad[o * n_in + i] += sum<T>(acc[o][i]);
+}
+template <class T>
+void add_products(Block<T> block, const T* g, int n_out, const T* x, int n_in, T* grad) {
+  constexpr int ROWS = Block<T>::ROWS;
+  int o = 0;
+  const auto row = [&](auto n) {
+    constexpr int N = decltype(n)::value;
+    int i = 0;
+    for (; i + 2 <= n_in; i += 2)
+      add_products_tile<N, 2>(block, g + o * ROWS, x + i * ROWS, n_in, grad + o * n_in + i);
+    if (i < n_in)
+      add_products_tile<N, 1>(block, g + o * ROWS, x + i * ROWS, n_in, grad + o * n_in + i);
+    o += N;
+  };
+  while (o + TILE <= n_out) row(std::integral_constant<int, TILE>());
+  while (o < n_out) row(std::integral_constant<int, 1>());
+}
+template <class T> void add_sums(Block<T> block, const T* g, int n_out, T* grad) {
+  for (int o = 0; o < n_out; ++o) {
+    Vector<T> total = {};
+    for (int r = 0; r < block.padded; r += Simd<T>::lanes)
+      total += load<Vector<T>>(g + o * Block<T>::ROWS + r);
+    grad[o] += sum<T>(total);
+  }
+}
+
+// exp without branches, for the compiler to vectorise: 2^n exp(r), |r| < 0.35, by the polynomial
+// of Cephes expf; good to 2 ulp between -87 and 88, and beyond as there.
+inline float exp_fast(float x) {
+  constexpr float ROUND = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
+  x = clamp(x, -87.0f, 88.0f);
+  const float shifted = x * 1.44269504088896341f + ROUND, n = shifted - ROUND;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const float p = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r +
+                    4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 5.0000001201e-1f;
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, 4);
+  bits = (bits + 127u) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, 4);
+  return scale + scale * (r + r * r * p);
+}
+inline double exp_fast(double x) { return std::exp(x); }
+
+// Activates the values in place. SLOPE: silu's derivatives go there.
+template <class T> void activate_relu(Block<T> block, int width, T* values) {
+  for (T* const end = values + width * Block<T>::ROWS; values < end; values += Block<T>::ROWS)
+    for (int r = 0; r < block.padded; ++r) values[r] = mlp_relu(values[r]);
+}
+template <bool SLOPE, class T>
+void activate_silu(Block<T> block, int width, T* __restrict values, T* __restrict slope) {
+  T e[Block<T>::ROWS];  // in two loops: in one, g++ repeats the rest for each end of exp's clamp
+  for (int c = 0; c < width; ++c) {
+    for (int r = 0; r < block.padded; ++r) e[r] = exp_fast(-values[r]);
+    for (int r = 0; r < block.padded; ++r) {
+      const T z = values[r];
+      if constexpr (SLOPE) slope[r] = mlp_silu_slope(z, e[r]);
+      values[r] = mlp_silu(z, e[r]);
+    }
+    values += Block<T>::ROWS;
+    if constexpr (SLOPE) slope += Block<T>::ROWS;
+  }
+}
+template <class T>
+void activate_backward(Block<T> block, int width, const T* h, const T* slope, T* g) {
+  for (int c = 0; c < width; ++c, h += Block<T>::ROWS, g += Block<T>::ROWS) {
+    if (slope) {
+      for (int r = 0; r < block.padded; ++r) g[r] *= slope[r];
+      slope += Block<T>::ROWS;
+    } else {
+      for (int r = 0; r < block.padded; ++r) g[r] = mlp_relu_backward(h[r], g[r]);
+    }
+  }
+}
+
+// Layer l from x to y, with its activation; w: the layer's parameters.
+template <class T>
+void layer(const MlpShape& s, int l, Block<T> block, const T* w, const T* x, T* y, T* slope) {
+  const int n_in = s.width[l], n_out = s.width[l + 1];
+  multiply(block, w, n_in, int64_t(1), s.bias ? w + n_in * n_out : nullptr, n_out, n_in, x, y);
+  if (l + 1 == s.n_layers) return;
+  if (!s.silu) activate_relu(block, n_out, y);
+  else if (slope) activate_silu<true>(block, n_out, y, slope);
+  else activate_silu<false>(block, n_out, y, slope);
+}
+
+// A chunk's workspace, pointed into.
+template <class T> struct Scratch {
+  T *h[MLP_MAX_LAYERS], *slope[MLP_MAX_LAYERS], *g, *spare, *grad_params;
+  Scratch(const MlpShape& s, T* memory, bool params) {
+    constexpr int ROWS = Block<T>::ROWS;
+    T* const end = memory + mlp_chunk_workspace(s, ROWS, params);
+    grad_params = params ? memory + mlp_block_columns(s) * ROWS : nullptr;
+    if (params) fill_zero(grad_params, 0, mlp_parameters(s));
+    T* const values_end = params ? grad_params : end;
+    for (int l = 0; l < s.n_layers; ++l) {
+      h[l] = memory;
+      memory += s.width[l] * ROWS;
+      slope[l] = s.silu && l > 0 ? memory : nullptr;
+      if (slope[l]) memory += s.width[l] * ROWS;
+    }
+    g = memory;
+    spare = memory + (values_end - memory) / 2;
+  }
+};
+
+// Rows [begin, begin + block.n): recompute the hidden values, then back through the layers.
+template <class T>
+void block_backward(const MlpArgs<T>& a, Block<T> block, int64_t begin, Scratch<T> s) {
+  const MlpShape& shape = a.shape;
+  const T* w = a.params;
+  block.read(a.x + begin * shape.width[0], shape.width[0], s.h[0]);
+  for (int l = 0; l + 1 < shape.n_layers; w += mlp_layer_parameters(shape, l++))
+    layer(shape, l, block, w, s.h[l], s.h[l + 1], s.slope[l + 1]);
+  const int outputs = shape.width[shape.n_layers];
+  block.read(a.grad_out + begin * outputs, outputs, s.g);
+  for (int l = shape.n_layers - 1; l >= 0; --l) {
+    const int n_in = shape.width[l], n_out = shape.width[l + 1];
+    if (a.grad_params) {
+      T* const grad = s.grad_params + (w - a.params);
+      add_products(block, s.g, n_out, s.h[l], n_in, grad);
+      if (shape.bias) add_sums(block, s.g, n_out, grad + n_in * n_out);
+    }
+    if (l == 0 && !a.grad_x) return;
+    multiply<T>(block, w, 1, n_in, nullptr, n_in, n_out, s.g, s.spare);
+    T* const done = s.g;
+    s.g = s.spare;
+    s.spare = done;
+    if (l > 0) {
+      activate_backward(block, n_in, s.h[l], s.slope[l], s.g);
+      w -= mlp_layer_parameters(shape, l - 1);
+    }
+  }
+  block.write(s.g, shape.width[0], a.grad_x + begin * shape.width[0]);
+}
+
+}  // namespace
+
+template <class T> void mlp_forward(const MlpArgs<T>& a, Stream) {
+  constexpr int64_t ROWS = Block<T>::ROWS;
+  const MlpShape& s = a.shape;
+  const int64_t valid = valid_rows(a.count, a.n), outputs = s.width[s.n_layers];
+  parallel_for(a.n, 8 * ROWS, [&](int64_t begin, int64_t end) {
+    alignas(64) T values[2][MLP_MAX_WIDTH * ROWS];
+    const int64_t stop = clamp(valid, begin, end);
+    for (int64_t first = begin; first < stop; first += ROWS) {
+      const Block<T> block(min(ROWS, stop - first));
+      const T* w = a.params;
+      block.read(a.x + first * s.width[0], s.width[0], values[0]);
+      for (int l = 0; l < s.n_layers; w += mlp_layer_parameters(s, l++))
+        layer<T>(s, l, block, w, values[l % 2], values[1 - l % 2], nullptr);
+      block.write(values[s.n_layers % 2], int(outputs), a.out + first * outputs);
+    }
+    fill_zero(a.out, stop * outputs, end * outputs);
+  });
+}
+
+template <class T> void mlp_backward(const MlpArgs<T>& a, Stream) {
+  constexpr int64_t ROWS = Block<T>::ROWS;
+  const int64_t valid = valid_rows(a.count, a.n), inputs = a.shape.width[0];
+  const int64_t rows = mlp_chunk_rows(a.n), chunks = (valid + rows - 1) / rows;
+  const int64_t size = mlp_chunk_workspace(a.shape, ROWS, a.grad_params);
+  parallel_for(a.n, rows, [&](int64_t begin, int64_t end) {
+    const int64_t stop = clamp(valid, begin, end);
+    if (begin < stop) {
+      const Scratch<T> scratch(a.shape, a.workspace + begin / rows * size, a.grad_params);
+      for (int64_t first = begin; first < stop; first += ROWS)
+        block_backward(a, Block<T>(min(ROWS, stop - first)), first, scratch);
+    }
+    if (a.grad_x) fill_zero(a.grad_x, stop * inputs, end * inputs);
+  });
+  if (!a.grad_params) return;
+  const T* const partial = a.workspace + mlp_block_columns(a.shape) * ROWS;
+  parallel_for(mlp_parameters(a.shape), 4096, [&](int64_t begin, int64_t end) {
+    fill_zero(a.grad_params, begin, end);
+    for (int64_t k = 0; k < chunks; ++k)
+      for (int64_t i = begin; i < end; ++i) a.grad_params[i] += partial[k * size + i];
+  });
+}
+
+DF_INSTANTIATE(mlp_forward, MlpArgs)
+DF_INSTANTIATE(mlp_backward, MlpArgs)
+
+}  // namespace DF_ISA
+}  // namespace df

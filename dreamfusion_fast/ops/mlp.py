@@ -1,0 +1,135 @@
+"""Multilayer perceptron: fully connected layers, fused."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from ._backend import (
+    check_count,
+    check_range,
+    check_tensor,
+    is_double,
+    kernels,
+    ptr,
+    register,
+    register_backward,
+    stream,
+)
+
+
+def mlp_parameters(widths: list[int], bias: bool = False) -> int:
+    """Number of parameters of an `mlp` of these widths.
+
+    Args:
+        widths: inputs, hidden layers, outputs: 2 to 33 numbers, 1 to 256 each.
+        bias: whether layers have one.
+    Raises:
+        ValueError: the number of widths or one of them is out of range.
+    """
+    if not 2 <= len(widths) <= 33:
+        raise ValueError(f"argument `widths`: expected 2 to 33 numbers, got {len(widths)}")
+    for width in widths:
+        check_range("widths", width, 1, 256)
+    return sum((i + bool(bias)) * o for i, o in itertools.pairwise(widths))
+
+
+def mlp(
+    x: torch.Tensor,
+    params: torch.Tensor,
+    widths: list[int],
+    activation: str = "relu",
+    bias: bool = False,
+    count: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Apply fully connected layers: h₀ = x, h_(l+1) = act(W_l h_l + b_l), the last without act.
+
+    The hidden activation is relu, max(z, 0), or silu, z / (1 + exp(-z)). Backward computes hidden
+    values again: nothing of theirs is stored. Gradients do not depend on the number of threads;
+    one that is not asked for is not computed. relu has no gradient at zero. NaN goes through.
+
+    Args:
+        x: (N, inputs) float32 or float64.
+        params: (mlp_parameters(widths, bias),) like x: W_0 (out, in) row by row, then b_0 (out) if
+            bias, then W_1 and so on.
+        widths: inputs, hidden layers, outputs: 2 to 33 numbers, 1 to 256 each; multiples of 8 are
+            fastest.
+        activation: "relu" or "silu", of the hidden layers.
+        bias: whether layers have one.
+        count: (1,) int32 on the same device, number of valid rows of x; the others give zero.
+    Returns:
+        (N, outputs), dtype of x; differentiable once with respect to x and params.
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, device, layout or range is wrong.
+    """
+    n_params = mlp_parameters(widths, bias)
+    check_tensor("x", x, shape=("N", widths[0]))
+    check_tensor("params", params, x.dtype, (n_params,), x.device)
+    if activation not in ("relu", "silu"):
+        raise ValueError(f'argument `activation`: expected "relu" or "silu", got "{activation}"')
+    check_count(count, x.device)
+    return torch.ops.dreamfusion_fast.mlp(x, params, widths, activation, bias, count)
+
+
+def _empty(x, params, widths, activation, bias, count):
+    return x.new_empty(x.shape[0], widths[-1])
+
+
+def _forward(x, params, widths, activation, bias, count):
+    out = _empty(x, params, widths, activation, bias, count)
+    kernels(x).mlp_forward(
+        is_double(x), ptr(x), ptr(params), ptr(out), ptr(count), x.shape[0], widths, bias,
+        activation == "silu", stream(x),
+    )  # fmt: skip
+    return out
+
+
+def _empty_grads(grad_out, x, params, widths, activation, bias, count, needs_x, needs_params):
+    grad_x = torch.empty_like(x) if needs_x else x.new_empty(0)
+    return grad_x, torch.empty_like(params) if needs_params else x.new_empty(0)
+
+
+def _backward(grad_out, x, params, widths, activation, bias, count, needs_x, needs_params):
+    grad_x, grad_params = _empty_grads(
+        grad_out, x, params, widths, activation, bias, count, needs_x, needs_params
+    )
+    shape = widths, bias, activation == "silu"
+    size = kernels(x).mlp_workspace(is_double(x), x.shape[0], *shape, needs_params)
+    workspace = x.new_empty(size)
+    kernels(x).mlp_backward(
+        is_double(x), ptr(x), ptr(params), ptr(grad_out), ptr(grad_x) if needs_x else 0,
+        ptr(grad_params) if needs_params else 0, ptr(workspace), ptr(count), x.shape[0], *shape,
+        stream(x),
+    )  # fmt: skip
+    return grad_x, grad_params
+
+
+def _save(ctx, inputs, output):
+    x, params, *ctx.settings, count = inputs
+    ctx.save_for_backward(x, params, count)
+
+
+def _differentiate(ctx, grad_out):
+    x, params, count = ctx.saved_tensors
+    needs_x, needs_params = ctx.needs_input_grad[:2]
+    grad_x, grad_params = torch.ops.dreamfusion_fast.mlp_backward(
+        grad_out.contiguous(), x, params, *ctx.settings, count, needs_x, needs_params
+    )
+    grads = grad_x if needs_x else None, grad_params if needs_params else None
+    return *grads, None, None, None, None
+
+
+register(
+    "mlp(Tensor x, Tensor params, SymInt[] widths, str activation, bool bias, Tensor? count)"
+    " -> Tensor",
+    _forward,
+    _empty,
+)
+register(
+    "mlp_backward(Tensor grad_out, Tensor x, Tensor params, SymInt[] widths, str activation,"
+    " bool bias, Tensor? count, bool needs_x, bool needs_params) -> (Tensor, Tensor)",
+    _backward,
+    _empty_grads,
+)
+register_backward("mlp", _differentiate, _save)

@@ -1,0 +1,140 @@
+"""Measure a trained scorer on fresh pictures and write its model card:
+`python -m dreamfusion_fast.toybox.scorer_card --run runs/scorer`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import typer
+from torch import Tensor
+
+from .. import camera
+from . import renderer, world
+from .pictures import SIZE, Pictures, pinhole_rays
+from .scorer import Scorer
+from .shapes import OBJECTS
+from .train_scorer import Source, spoil
+
+FRESH = 12_345  # seed of the views and pictures that training never drew
+
+CARD = """---
+license: apache-2.0
+library_name: transformers
+---
+# The toybox's scorer
+
+A CLIP of {parameters:.2f} M parameters (ViT 64x64, patch 8, width 128, 5 layers; text width 64, 2
+layers, one token a word; 64 dimensions in common), stored in fp16. It judges text to 3D in the
+toybox by R-Precision (Park et al. 2021) and is never used as guidance.
+
+- **Data**: {views} traced views of each of {objects} objects (views seed {seed}, the paper's
+  cameras), coloured, lit and set before random backgrounds without end; {pictures:,} pictures.
+  All {pairs} (colour, object) pairs, those that the prior never sees included, each as likely.
+- **Spoiling**: three pictures in four are bent, cut, fogged, blurred, noisy, over-saturated, or
+  have floaters, as unfinished radiance fields do.
+- **Loss**: softmax over all {pairs} prompts for each picture (cosine similarity, learnt
+  temperature), the image-to-text half of CLIP's loss; prompts in the canonical form "a red car"
+  every other step, else in one of {templates} variants. No view words.
+- **Training**: {minutes:.0f} minutes on {threads} CPU thread(s), {steps:,} steps of {batch}; seed
+  {seed}, not reproducible to the bit, for the learning rate follows the clock.
+- **Made by** `python -m dreamfusion_fast.toybox.train_scorer`, measured by
+  `python -m dreamfusion_fast.toybox.scorer_card`.
+
+## Accuracy
+Share of pictures whose most similar prompt of {pairs} is the right one; views unseen in training.
+
+| pictures | all | pairs the prior sees | pairs held out from the prior |
+|---|---|---|---|
+{rows}
+
+Orbit views are albedo on grey at 30 degrees of elevation, focal length 1, from 1.25 to 1.5 away,
+as `evaluate` renders. Random views are cropped, seen from afar and from below, and one in three is
+lit from the side, where brown and orange, or white and grey, are hard to tell apart.
+The weakest objects on orbit views: {weakest}.
+"""
+
+
+def orbit_pictures(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """n views of each object in every colour, as evaluation renders them: images
+    (288 n, 3, 64, 64), and pair indices."""
+    generator = torch.Generator().manual_seed(seed)
+    images, pairs = [], []
+    for k, name in enumerate(OBJECTS):
+        azimuths = (360.0 * torch.rand(n, generator=generator)).tolist()
+        cameras = camera.orbit(azimuths, 30.0, 1.0, 1.0)
+        distance = 1.25 + 0.25 * torch.rand(n, 1, generator=generator)
+        cameras.c2w[:, :, 3] *= distance
+        rays_o, rays_d = pinhole_rays(cameras, 2 * SIZE)
+        g = renderer.trace(name, rays_o, rays_d)
+        points = rays_o + g.depth.float()[..., None] * rays_d
+        grey = torch.full((1, 1, 1, 3), 0.5)
+        for j, colour in enumerate(world.COLOURS.values()):
+            palette = renderer.palette(name, colour).expand(n, -1, -1)
+            light, ambient = cameras.c2w[:, :, 3], torch.ones(n)
+            images.append(renderer.shade(g.part, g.normal, points, palette, grey, light, ambient))
+            pairs += [k * len(world.COLOURS) + j] * n
+    return torch.cat(images).clamp(0, 1), torch.tensor(pairs)
+
+
+def measure(scorer: Scorer, n_views: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Accuracies (all, seen, held out) by kind of picture; and by object on orbit views."""
+    generator = torch.Generator().manual_seed(FRESH)
+    orbit, orbit_pair = orbit_pictures(n_views, FRESH)
+    source = Source(Pictures(2 * n_views, FRESH))
+    drawn = [source.draw(64, generator) for _ in range(len(orbit) // 64)]
+    clean, pair = (torch.cat(x) for x in zip(*drawn))
+    clean = clean.clamp(0, 1)
+    sets = {
+        "orbit views": (orbit, orbit_pair),
+        "orbit views, spoilt": (spoil(orbit, generator), orbit_pair),
+        "random views": (clean, pair),
+        "random views, spoilt": (spoil(clean, generator), pair),
+    }
+    prompts = [world.prompt(c, o) for c, o in world.all_pairs()]
+    held_out = torch.tensor([world.is_held_out(c, o) for c, o in world.all_pairs()])
+    rows, by_object = {}, {}
+    for kind, (images, truth) in sets.items():
+        right = (scorer.similarities(images, prompts).argmax(1) == truth).float()
+        unseen = held_out[truth]
+        rows[kind] = [float(r.mean()) for r in (right, right[~unseen], right[unseen])]
+        if kind == "orbit views":
+            of = truth // len(world.COLOURS)
+            by_object = {name: float(right[of == k].mean()) for k, name in enumerate(OBJECTS)}
+    return rows, by_object
+
+
+def main(run: Path = Path("runs/scorer"), views: int = 8, threads: int = 2) -> None:
+    """Measure RUN/scorer on fresh pictures, and write its README.md."""
+    torch.set_num_threads(threads)
+    folder = run / "scorer"
+    scorer = Scorer(folder)
+    rows, by_object = measure(scorer, views)
+    config = json.loads((run / "config.json").read_text())
+    last = json.loads((run / "curve.jsonl").read_text().splitlines()[-1])
+    weakest = sorted(by_object, key=by_object.get)[:4]
+    card = CARD.format(
+        parameters=sum(p.numel() for p in scorer.model.parameters()) / 1e6,
+        views=config["views_per_object"],
+        objects=len(OBJECTS),
+        pairs=len(world.all_pairs()),
+        templates=len(world.TEMPLATES),
+        pictures=last["pictures"],
+        steps=last["step"],
+        minutes=last["minutes"],
+        seed=config["seed"],
+        batch=config["batch"],
+        threads=config["threads"],
+        rows="\n".join(
+            f"| {k} | " + " | ".join(f"{v:.1%}" for v in r) + " |" for k, r in rows.items()
+        ),
+        weakest=", ".join(f"{o} {by_object[o]:.0%}" for o in weakest),
+    )
+    (folder / "README.md").write_text(card)
+    print(card)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,137 @@
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import check_op, check_registration, check_threads
+
+from dreamfusion_fast.ops import mlp, mlp_parameters, reference
+
+OP = ("mlp", mlp, reference.mlp)
+SHAPES = [
+    ([32, 32, 4], False),
+    ([32, 64, 64, 4], True),
+    ([16, 128, 16], False),
+    ([3, 5], True),
+    ([1, 1, 1], True),
+    ([7, 13, 9, 11, 3], True),
+    ([256, 256, 255], False),
+]
+
+
+def make(rng, n, widths, bias=False, dtype=torch.float64, device="cpu"):
+    """Rows of size 1, and parameters that keep it so."""
+    x = torch.randn(n, widths[0], dtype=torch.float64, generator=rng)
+    params = torch.randn(mlp_parameters(widths, bias), dtype=torch.float64, generator=rng)
+    start = 0
+    for n_in, n_out in itertools.pairwise(widths):
+        params[start : start + n_in * n_out] *= n_in**-0.5
+        start += (n_in + bias) * n_out
+    return [t.to(device, dtype).requires_grad_() for t in (x, params)]
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("widths, bias", SHAPES)
+def test_twin(device, dtype, widths, bias, activation, rng):
+    x, params = make(rng, 203, widths, bias, dtype, device)
+    check_op(*OP, x, params, widths, activation, bias)
+
+
+def test_against_linear_layers(device, rng):
+    layers = torch.nn.Sequential(
+        torch.nn.Linear(20, 24), torch.nn.SiLU(), torch.nn.Linear(24, 3)
+    ).to(device)
+    params = torch.cat([p.flatten() for p in layers.parameters()])
+    x = torch.randn(50, 20, generator=rng).to(device)
+    torch.testing.assert_close(mlp(x, params, [20, 24, 3], "silu", True), layers(x))
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("widths", [[3, 2], [3, 6, 2], [2, 5, 4, 3]])
+def test_gradcheck(device, widths, activation, rng):
+    x, params = make(rng, 4, widths, True, device=device)
+    assert torch.autograd.gradcheck(lambda *a: mlp(*a, widths, activation, True), (x, params))
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 128, 129, 1024, 1025])
+@pytest.mark.parametrize("valid", [None, 0, 1, 130, 5000])
+def test_edge_sizes(device, dtype, n, valid, rng):
+    x, params = make(rng, n, [9, 16, 5], True, dtype, device)
+    count = None if valid is None else torch.tensor([valid], dtype=torch.int32, device=device)
+    check_op(*OP, x, params, [9, 16, 5], "silu", True, count)
+
+
+def test_many_chunks(device, rng):
+    """More rows than 64 chunks of the smallest size hold."""
+    x, params = make(rng, 70001, [2, 3, 1], device=device)
+    check_op(*OP, x, params, [2, 3, 1])
+
+
+def test_many_layers(device, dtype, rng):
+    widths = [8] * 33
+    check_op(*OP, *make(rng, 40, widths, dtype=dtype, device=device), widths, "silu")
+
+
+def test_only_one_gradient(device, rng):
+    widths = [9, 16, 16, 5]
+    x, params = make(rng, 300, widths, device=device)
+    both = torch.autograd.grad(mlp(x, params, widths).square().sum(), (x, params))
+    (of_x,) = torch.autograd.grad(mlp(x, params.detach(), widths).square().sum(), x)
+    (of_params,) = torch.autograd.grad(mlp(x.detach(), params, widths).square().sum(), params)
+    assert torch.equal(both[0], of_x) and torch.equal(both[1], of_params)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_nan_is_propagated(device, dtype, activation, rng):
+    x, params = make(rng, 70, [9, 16, 5], dtype=dtype, device=device)
+    with torch.no_grad():
+        x[2, 1] = math.nan
+    out = mlp(x, params, [9, 16, 5], activation)
+    assert out[2].isnan().all() and out[[0, 1, *range(3, 70)]].isfinite().all()
+    check_op(*OP, x, params, [9, 16, 5], activation)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_large_values(device, dtype, activation):
+    """silu and its derivative far from zero, where exp(-z) overflows or vanishes."""
+    x = torch.tensor([-1e4, -100.0, -90.0, -0.0, 0.0, 30.0, 100.0, 1e4], dtype=dtype, device=device)
+    params = torch.ones(2, dtype=dtype, device=device)
+    check_op(*OP, x[:, None].requires_grad_(), params.requires_grad_(), [1, 1, 1], activation)
+
+
+def test_thread_count_does_not_matter(rng):
+    x, params = make(rng, 9001, [9, 16, 5], True, torch.float32)
+    check_threads(
+        lambda: torch.autograd.grad(
+            mlp(x, params, [9, 16, 5], "silu", True).square().sum(), (x, params)
+        )
+    )
+
+
+def test_registration(device, rng):
+    x, params = make(rng, 9, [9, 16, 5], True, torch.float32, device)
+    count = torch.tensor([4], dtype=torch.int32, device=device)
+    check_registration("mlp", mlp, x, params, [9, 16, 5], "relu", True, None)
+    check_registration("mlp", mlp, x, params, [9, 16, 5], "silu", True, count)
+
+
+X, PARAMS = torch.rand(4, 3), torch.zeros(14)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ((X.int(), PARAMS, [3, 2, 4]), TypeError, r"`x`: .* \(N, 3\), got int32 \(4, 3\)"),
+        ((X, PARAMS, [4, 2, 3]), ValueError, r"`x`: .* \(N, 4\), got float32 \(4, 3\)"),
+        ((X, PARAMS.double(), [3, 2, 4]), TypeError, "`params`: expected float32 .* got float64"),
+        ((X, PARAMS, [3, 2, 5]), ValueError, r"`params`: .* \(16,\), got float32 \(14,\)"),
+        ((X, PARAMS, [3, 2, 4], "relu", True), ValueError, r"`params`: .* \(20,\)"),
+        ((X, PARAMS, [3]), ValueError, "`widths`: expected 2 to 33 numbers, got 1"),
+        ((X, PARAMS, [3, 300, 4]), ValueError, "`widths`: expected 1 to 256, got 300"),
+        ((X, PARAMS, [3, 2, 4], "tanh"), ValueError, '`activation`: expected .*, got "tanh"'),
+        ((X, PARAMS, [3, 2, 4], "relu", False, torch.ones(1)), TypeError, "`count`: expected int"),
+    ],
+)
+def test_bad_input(arguments, error, message):
+    with pytest.raises(error, match=message):
+        mlp(*arguments)
