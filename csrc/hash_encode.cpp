@@ -196,11 +196,14 @@ template <class T> void hash_encode_backward(const HashEncodeArgs<T>& a, Stream)
   if (!a.grad_x) return;
   for (int level = 0; level < a.n_levels; ++level) {
     parallel_for(a.n, GRAIN, [&](int64_t begin, int64_t end) {
+      const int64_t stop = clamp(valid, begin, end);
       if (level == 0) fill_zero(a.grad_x, 3 * begin, 3 * end);
       on_grid(a.n_features, hash_grid(a.levels, level).dense, [&](auto f, auto dense) {
-        encode_grad_x<decltype(f)::value, decltype(dense)::value>(a, level, begin,
-                                                                  clamp(valid, begin, end));
+        encode_grad_x<decltype(f)::value, decltype(dense)::value>(a, level, begin, stop);
       });
+      if (level + 1 < a.n_levels) return;
+      for (int64_t i = 3 * begin; i < 3 * stop; ++i)
+        if (hash_clamped(a.x[i])) a.grad_x[i] = T(0);
     });
   }
 }

@@ -55,7 +55,9 @@ template <bool DENSE> DF_HD uint32_t hash_row(uint32_t x, uint32_t y, uint32_t z
   return DENSE ? x + y + z : (x ^ y ^ z) & mask;
 }
 
-// One coordinate's cell, weight of the upper corner, and that weight's derivative by x.
+// One coordinate's cell, weight of the upper corner, and that weight's derivative by x, which counts
+// only inside the cube: grad_x is zeroed at the end where hash_clamped(x).
+template <class T> DF_HD bool hash_clamped(T x) { return !(x >= T(0) && x <= T(1)); }  // or NaN
 template <class T> struct HashAxis { uint32_t cell; T weight, slope; };
 template <class T> DF_HD HashAxis<T> hash_axis(T x, uint32_t resolution, bool smoothstep) {
   const T scale = T(int32_t(resolution)), clamped = clamp(x, T(0), T(1));
@@ -69,9 +71,8 @@ template <class T> DF_HD HashAxis<T> hash_axis(T x, uint32_t resolution, bool sm
 #endif
   const int32_t cell = int32_t(pos < scale ? pos : scale - T(1));  // NaN: the last
   const T f = pos - T(cell);
-  const T inside = clamped == x ? scale : T(0);
-  if (!smoothstep) return {uint32_t(cell), f, inside};
-  return {uint32_t(cell), f * f * (T(3) - T(2) * f), inside * T(6) * f * (T(1) - f)};
+  if (!smoothstep) return {uint32_t(cell), f, scale};
+  return {uint32_t(cell), f * f * (T(3) - T(2) * f), scale * T(6) * f * (T(1) - f)};
 }
 
 // The gradient of sum_c s_c w_c by the three weights; s: the corners' values, bit 0 of c is x.

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT, VERSION = "dreamfusion_fast run", "1"
+FORMAT, VERSION = "dreamfusion_fast", 1
 
 
 def write_atomically(path: Path, write) -> None:
@@ -25,7 +25,8 @@ def write_atomically(path: Path, write) -> None:
 
 def save(path: Path, tensors: dict[str, Tensor], config: dict) -> None:
     """Write tensors and the run's config (JSON)."""
-    metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(config)}
+    # One key: safetensors writes several in any order, and the same run shall give the same bytes.
+    metadata = {FORMAT: json.dumps({"version": VERSION, "config": config})}
     contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     write_atomically(path, lambda p: save_file(contiguous, p, metadata))
 
@@ -33,17 +34,18 @@ def save(path: Path, tensors: dict[str, Tensor], config: dict) -> None:
 def load(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Read what save wrote. Raises ValueError, in one line, for a file that is missing, truncated,
     not ours, or of another version."""
-    expected = f"checkpoint {path}: expected a {FORMAT} file of version {VERSION}"
+    expected = f"checkpoint {path}: expected a {FORMAT} run of version {VERSION}"
     try:
         with safe_open(path, "pt") as f:
             metadata = f.metadata() or {}
-            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
     except FileNotFoundError:
         raise ValueError(f"{expected}, got no file") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{expected}, got a truncated or foreign file ({error})") from None
-    if metadata.get("format") != FORMAT:
+    if FORMAT not in metadata:
         raise ValueError(f"{expected}, got a safetensors file of something else")
-    if metadata.get("version") != VERSION:
-        raise ValueError(f"{expected}, got version {metadata.get('version')}")
-    return tensors, json.loads(metadata["config"])
+    header = json.loads(metadata[FORMAT])
+    if header["version"] != VERSION:
+        raise ValueError(f"{expected}, got version {header['version']}")
+    return tensors, header["config"]

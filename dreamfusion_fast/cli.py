@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,8 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="Text to 3D by score distillation sampling, on our own kernels.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Text to 3D by score distillation sampling, on our own kernels.",
+)
 console = Console()
 
 Out = Annotated[Path, typer.Option(help="folder of the run")]
@@ -22,15 +27,13 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: the best that wor
 
 
 def main() -> None:
-    """Entry point: an expected error becomes one line and exit code 2; Ctrl-C 130."""
+    """Entry point: an expected error becomes one line and exit code 2."""
     try:
         app()
     except ValueError as error:
         message = " ".join(str(error).split())
         Console(stderr=True, soft_wrap=True, highlight=False).print("error:", message, markup=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 @app.command()
@@ -39,8 +42,12 @@ def generate(
     out: Out = Path("runs/latest"),
     steps: Annotated[int | None, typer.Option(help="optimisation steps")] = None,
     seed: Annotated[int | None, typer.Option(help="same seed, same result")] = None,
-    guidance: Annotated[str | None, typer.Option(
-        help="toybox (embedded), exemplar, or a diffusers pipeline's folder or hub name")] = None,
+    guidance: Annotated[
+        str | None,
+        typer.Option(
+            help="toybox (embedded), exemplar, or a diffusers pipeline's folder or hub name"
+        ),
+    ] = None,
     device: Device = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
 ) -> None:
@@ -84,48 +91,65 @@ def _config(out: Path, resume: bool, given: dict):
 
     state = folder_state(out)
     if state == "foreign":
-        raise ValueError(f"argument `--out`: expected a new folder or one that holds a run, got "
-                         f"{out}, which holds something else")
+        raise ValueError(
+            f"argument `--out`: expected a new folder or one that holds a run, got "
+            f"{out}, which holds something else"
+        )
     if state == "run" and not resume:
-        raise ValueError(f"argument `--out`: expected a new folder, got {out}, which holds a run: "
-                         f"add --resume to go on with it")
+        raise ValueError(
+            f"argument `--out`: expected a new folder, got {out}, which holds a run: "
+            f"add --resume to go on with it"
+        )
     if state == "new":
         settings = {k: v for k, v in given.items() if v is not None and k != "guidance"}
         return preset(given["guidance"] or "toybox", **settings)
     try:
         config = RunConfig.from_dict(json.loads((out / "config.json").read_text()))
     except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"config {out / 'config.json'}: expected a run's settings, got {error}") \
-            from None
+        raise ValueError(
+            f"config {out / 'config.json'}: expected a run's settings, got {error}"
+        ) from None
     stored = {"prompt": config.prompt, "seed": config.seed, "guidance": config.guidance.name}
     for name, value in stored.items():
         if given[name] not in (None, value):
-            raise ValueError(f"argument `{name}`: expected {value!r}, as the run in {out} has it, "
-                             f"got {given[name]!r}")
+            raise ValueError(
+                f"argument `{name}`: expected {value!r}, as the run in {out} has it, "
+                f"got {given[name]!r}"
+            )
     config.steps = given["steps"] if given["steps"] is not None else config.steps
     return config
 
 
 def _train(trainer) -> None:
-    """Run to the end under a progress bar; Ctrl-C saves and leaves."""
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20),
-               TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn(),
-               TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-    began, start = time.perf_counter(), trainer.step
+    """Run to the end under a progress bar; Ctrl-C ends the step, saves and leaves."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+
+    def stop(*_) -> None:
+        trainer.stopping = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C leaves at once
+
+    signal.signal(signal.SIGINT, stop)
+    began, start, note = time.perf_counter(), trainer.step, ""
     recent: list[dict] = []
-    try:
-        with Progress(*columns, console=console, refresh_per_second=4) as bar:
-            task = bar.add_task(trainer.config.prompt, total=trainer.config.steps,
-                                completed=trainer.step, note="")
-            for metrics in trainer.run():
-                recent = [*recent[-19:], metrics]
-                speed = (trainer.step - start) / (time.perf_counter() - began)
-                bar.update(task, completed=trainer.step, note=_note(recent, speed))
-    except KeyboardInterrupt:
+    with Progress(*columns, console=console, refresh_per_second=4) as bar:
+        total = trainer.config.steps
+        task = bar.add_task(trainer.config.prompt, total=total, completed=start, note="")
+        for metrics in trainer.run():
+            recent = [*recent[-19:], metrics]
+            note = _note(recent, (trainer.step - start) / (time.perf_counter() - began))
+            bar.update(task, completed=trainer.step, note=note)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    console.print(note, highlight=False)
+    if trainer.stopping:
         console.print(f"stopped at step {trainer.step}, saved: go on with --resume")
-        raise
-    if recent:
-        console.print(_note(recent, (trainer.step - start) / (time.perf_counter() - began)))
+        raise typer.Exit(130)
 
 
 def _note(recent: list[dict], speed: float) -> str:
@@ -133,8 +157,10 @@ def _note(recent: list[dict], speed: float) -> str:
     seconds = sum(m["seconds"] for m in recent)
     share = sum(m["seconds"] * m["guidance_share"] for m in recent) / seconds
     last = recent[-1]
-    return (f"{speed:.1f} it/s  sds {last['sds']:.0f}  opacity {last['mean_opacity']:.2f}  "
-            f"guidance {share:.0%}  rendering {1 - share:.0%}")
+    return (
+        f"{speed:.1f} it/s  sds {last['sds']:.0f}  opacity {last['mean_opacity']:.2f}  "
+        f"guidance {share:.0%}  rendering {1 - share:.0%}"
+    )
 
 
 def _export(renderer, out: Path) -> None:

@@ -94,8 +94,14 @@ class RunConfig:
     @classmethod
     def from_dict(cls, values: dict) -> RunConfig:
         """The inverse of to_dict, from JSON. Raises ValueError on a key it does not know."""
-        stages = {"camera": CameraConfig, "field": FieldConfig, "render": RenderConfig,
-                  "guidance": GuidanceConfig, "loss": LossConfig, "optimizer": OptimizerConfig}
+        stages = {
+            "camera": CameraConfig,
+            "field": FieldConfig,
+            "render": RenderConfig,
+            "guidance": GuidanceConfig,
+            "loss": LossConfig,
+            "optimizer": OptimizerConfig,
+        }
         known = {name: _known(kind, values.get(name, {}), name) for name, kind in stages.items()}
         rest = {k: v for k, v in values.items() if k not in stages}
         return _known(cls, {**rest, **known}, "run")

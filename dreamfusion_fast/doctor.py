@@ -27,8 +27,9 @@ def pick_device(name: str) -> torch.device:
     if name.split(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"argument `--device`: expected cpu, cuda or auto, got {name!r}")
     if name.startswith("cuda") and cuda_obstacle():
-        raise ValueError(f"argument `--device`: expected a usable device, got {name!r}: "
-                         f"{cuda_obstacle()}")
+        raise ValueError(
+            f"argument `--device`: expected a usable device, got {name!r}: {cuda_obstacle()}"
+        )
     return torch.device(name)
 
 
@@ -37,22 +38,43 @@ def findings() -> list[tuple[str, str, str]]:
     isa = _cpu.isa()
     device = pick_device("auto")
     rows = [
-        ("dreamfusion_fast", __version__, f"Python {platform.python_version()}, {platform.system()}"),
+        (
+            "dreamfusion_fast",
+            __version__,
+            f"Python {platform.python_version()}, {platform.system()}",
+        ),
         ("torch", torch.__version__, f"used, {torch.get_num_threads()} threads"),
-        ("CPU kernels", f"{', '.join(_cpu.isas())}",
-         f"{isa} used" + ("" if isa != "portable" else "; no AVX2, FMA, BMI2 and F16C here")
-         + f", {_cpu.max_threads()} threads"),
+        (
+            "CPU kernels",
+            f"{', '.join(_cpu.isas())}",
+            f"{isa} used"
+            + ("" if isa != "portable" else "; no AVX2, FMA, BMI2 and F16C here")
+            + f", {_cpu.max_threads()} threads",
+        ),
         ("GPU", _gpu(), "used" if device.type == "cuda" else f"not used: {cuda_obstacle()}"),
-        ("CUDA kernels", "built" if _backend._cuda else "not built",
-         "used" if device.type == "cuda" else f"not used: {cuda_obstacle()}"),
-        ("Triton", "installed" if importlib.util.find_spec("triton") else "not installed",
-         "not used: the fused SDS kernels are not in this release"),
+        (
+            "CUDA kernels",
+            "built" if _backend._cuda else "not built",
+            "used" if device.type == "cuda" else f"not used: {cuda_obstacle()}",
+        ),
+        (
+            "Triton",
+            "installed" if importlib.util.find_spec("triton") else "not installed",
+            "not used: the fused SDS kernels are not in this release",
+        ),
     ]
-    for name, folder, file in (("embedded prior", toybox.PRIOR, "model_index.json"),
-                               ("embedded scorer", toybox.SCORER, "config.json")):
+    for name, folder, file in (
+        ("embedded prior", toybox.PRIOR, "model_index.json"),
+        ("embedded scorer", toybox.SCORER, "config.json"),
+    ):
         there = (folder / file).exists()
-        rows.append((name, "found" if there else "missing",
-                     "used" if there else f"not used: no {file} in {folder}"))
+        rows.append(
+            (
+                name,
+                "found" if there else "missing",
+                "used" if there else f"not used: no {file} in {folder}",
+            )
+        )
     return rows
 
 

@@ -73,8 +73,15 @@ def precision(renderer, text: str, scorer: Scorer, prompts: list[str]) -> float:
     return scorer.r_precision(images, prompts, prompts.index(text))
 
 
-def evaluate_pair(colour: str, name: str, config: RunConfig, folder: Path, guide,
-                  scorer: Scorer, tick=lambda: None) -> Result:
+def evaluate_pair(
+    colour: str,
+    name: str,
+    config: RunConfig,
+    folder: Path,
+    guide,
+    scorer: Scorer,
+    tick=lambda: None,
+) -> Result:
     """Generate one pair (or go on with, or reuse, its run in `folder`) and measure it."""
     trainer = Trainer(config, folder, guide, resume=True)
     for _ in trainer.run():
@@ -84,13 +91,17 @@ def evaluate_pair(colour: str, name: str, config: RunConfig, folder: Path, guide
     prompts = [world.prompt(c, o) for c, o in world.all_pairs()]
     export.contact_sheet(trainer.renderer, folder / "contact_sheet.png")
     return Result(
-        config.prompt, world.is_held_out(colour, name),
+        config.prompt,
+        world.is_held_out(colour, name),
         volume_iou(trainer.renderer.field, config.field.radius, name),
-        precision(trainer.renderer, config.prompt, scorer, prompts), seconds)
+        precision(trainer.renderer, config.prompt, scorer, prompts),
+        seconds,
+    )
 
 
 def summary(results: list[Result]) -> dict[str, float]:
     """Means over all, trained and held-out pairs."""
+
     def mean(values) -> float:
         values = list(values)
         return sum(values) / len(values) if values else float("nan")
@@ -107,8 +118,11 @@ def summary(results: list[Result]) -> dict[str, float]:
 def markdown(results: list[Result]) -> str:
     """The results as a table, and the means as a line below it."""
     rows = ["| prompt | pair | IoU | R-Precision | seconds |", "|---|---|---|---|---|"]
-    rows += [f"| {r.prompt} | {'held out' if r.held_out else 'trained'} | {r.iou:.3f} | "
-             f"{r.precision:.0%} | {r.seconds:.1f} |" for r in results]
+    rows += [
+        f"| {r.prompt} | {'held out' if r.held_out else 'trained'} | {r.iou:.3f} | "
+        f"{r.precision:.0%} | {r.seconds:.1f} |"
+        for r in results
+    ]
     means = ", ".join(f"{k} {v:.3f}" for k, v in summary(results).items())
     return "\n".join(rows) + f"\n\n{means}\n"
 
@@ -117,7 +131,7 @@ def _pairs(texts: list[str] | None, guide: str) -> list[tuple[str, str]]:
     if not texts:
         return default_pairs(guide)
     pairs = [world.parse(t) for t in texts]
-    for text, (colour, name) in zip(texts, pairs):
+    for text, (colour, _name) in zip(texts, pairs):
         world.check_prompt(text)
         if colour is None:
             raise ValueError(f"argument `--prompt`: expected a colour and an object, got {text!r}")
@@ -154,11 +168,16 @@ def toybox(
             config = preset(guide, seed=seed, **({"steps": steps} if steps else {}))
             config.prompt = world.prompt(colour, name)
             folder = out / guide / f"{colour}-{name}"
-            results.append(evaluate_pair(colour, name, config, folder, prior, scorer,
-                                         lambda: bar.advance(task)))
+            results.append(
+                evaluate_pair(
+                    colour, name, config, folder, prior, scorer, lambda: bar.advance(task)
+                )
+            )
             r = results[-1]
-            bar.console.print(f"{r.prompt}: IoU {r.iou:.3f}, R-Precision {r.precision:.0%}, "
-                              f"{r.seconds:.1f} s", highlight=False)
+            bar.console.print(
+                f"{r.prompt}: IoU {r.iou:.3f}, R-Precision {r.precision:.0%}, {r.seconds:.1f} s",
+                highlight=False,
+            )
     table = markdown(results)
     console.print(table, markup=False, highlight=False)
     console.print(f"total {time.perf_counter() - began:.0f} s")

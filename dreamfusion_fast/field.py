@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -24,11 +25,17 @@ class Field(nn.Module):
         super().__init__()
         self.config = config
         self.grid = dict(
-            n_levels=config.n_levels, base_resolution=config.base_resolution,
-            finest_resolution=config.finest_resolution, log2_table_size=config.log2_table_size)
+            n_levels=config.n_levels,
+            base_resolution=config.base_resolution,
+            finest_resolution=config.finest_resolution,
+            log2_table_size=config.log2_table_size,
+        )
         rows = hash_table_rows(**self.grid)[1][-1]
-        self.widths = [config.n_levels * config.features,
-                       *[config.hidden] * config.hidden_layers, 4]
+        self.widths = [
+            config.n_levels * config.features,
+            *[config.hidden] * config.hidden_layers,
+            4,
+        ]
         table = (torch.rand(rows, config.features, generator=generator) * 2 - 1) * 1e-4
         self.table = nn.Parameter(table)
         self.weights = nn.Parameter(_he_uniform(self.widths, generator))
@@ -36,20 +43,24 @@ class Field(nn.Module):
     def forward(self, positions: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """positions (N, 3), scene units; count (1,) int32, number of valid rows.
         Returns sigma (N,) in 1 / scene unit and albedo (N, 3) in [0, 1]."""
-        x = (positions / (2.0 * self.config.radius) + 0.5)
-        features = hash_encode(x, self.table, **self.grid,
-                               interpolation=self.config.interpolation, count=count)
+        x = positions / (2.0 * self.config.radius) + 0.5
+        features = hash_encode(
+            x, self.table, **self.grid, interpolation=self.config.interpolation, count=count
+        )
         out = mlp(features, self.weights, self.widths, self.config.activation, count=count)
         blob = self.config.blob_density * torch.exp(
-            positions.square().sum(-1) / (-2.0 * self.config.blob_std**2))
+            positions.square().sum(-1) / (-2.0 * self.config.blob_std**2)
+        )
         log_density = out[:, 0] + (blob + self.config.density_bias)
         return log_density.clamp(max=LOG_DENSITY_MAX).exp(), torch.sigmoid(out[:, 1:])
 
 
 def _he_uniform(widths: list[int], generator: torch.Generator) -> Tensor:
     """Flat weights without biases, He et al. 2015, layer after layer."""
-    layers = [(torch.rand(o * i, generator=generator) * 2 - 1) * math.sqrt(6.0 / i)
-              for i, o in zip(widths, widths[1:])]
+    layers = [
+        (torch.rand(o * i, generator=generator) * 2 - 1) * math.sqrt(6.0 / i)
+        for i, o in itertools.pairwise(widths)
+    ]
     flat = torch.cat(layers)
     assert flat.numel() == mlp_parameters(widths, False)
     return flat

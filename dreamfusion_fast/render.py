@@ -49,8 +49,14 @@ class Renderer(nn.Module):
             self.environment = Environment(config.environment_frequencies, generator)
         self.capacity = CAPACITY_STEP
 
-    def forward(self, cameras: Cameras, seed: int, background: Tensor | None = None,
-                size: int | None = None, jitter: bool = True) -> Rendering:
+    def forward(
+        self,
+        cameras: Cameras,
+        seed: int,
+        background: Tensor | None = None,
+        size: int | None = None,
+        jitter: bool = True,
+    ) -> Rendering:
         """Render B cameras. background: (B, 3) or (3,) colours in [0, 1]; without it the
         environment map, or grey. size: side of the picture, pixels. seed: of the samples' jitter
         (stratified if `jitter`, else bin centres)."""
@@ -63,13 +69,19 @@ class Renderer(nn.Module):
         samples = self._march(rays_o, rays_d, near, far, seed, jitter)
         sigma, albedo = self.field(samples.positions, samples.count)
         # Place of shading: albedo becomes lit colour here, once normals exist.
-        colour, opacity, depth, _ = composite(sigma, albedo, samples.t, samples.dt, samples.packed,
-                                              self.config.early_stop)
+        colour, opacity, depth, _ = composite(
+            sigma, albedo, samples.t, samples.dt, samples.packed, self.config.early_stop
+        )
         behind = self._background(background, rays_d, n, size)
         picture = colour + (1.0 - opacity[:, None]) * behind
         image = picture.reshape(n, size, size, 3).permute(0, 3, 1, 2).contiguous()
-        return Rendering(image, opacity.reshape(n, size, size), depth.reshape(n, size, size),
-                         samples.count, self.capacity)
+        return Rendering(
+            image,
+            opacity.reshape(n, size, size),
+            depth.reshape(n, size, size),
+            samples.count,
+            self.capacity,
+        )
 
     def _background(self, colour: Tensor | None, rays_d: Tensor, n: int, size: int) -> Tensor:
         if colour is not None:
@@ -81,9 +93,21 @@ class Renderer(nn.Module):
     def _march(self, rays_o, rays_d, near, far, seed: int, jitter: bool):
         """Samples of all rays. On the CPU, where reading the count waits for nothing, the buffer
         follows the need; on a GPU it keeps its size, and Rendering tells what was lost."""
+
         def samples():
-            return march(rays_o, rays_d, near, far, self.bitfield, self.config.occupancy_resolution,
-                         self.field.config.radius, self.config.step, self.capacity, seed, jitter)
+            return march(
+                rays_o,
+                rays_d,
+                near,
+                far,
+                self.bitfield,
+                self.config.occupancy_resolution,
+                self.field.config.radius,
+                self.config.step,
+                self.capacity,
+                seed,
+                jitter,
+            )
 
         found = samples()
         if rays_o.device.type == "cpu":
@@ -102,8 +126,14 @@ class Renderer(nn.Module):
     def update_occupancy(self, seed: int, decay: float | None = None) -> None:
         """Refresh the grid from one random point in each cell (instant-ngp, appendix E.2)."""
         c = self.config
-        points = occupancy_points(c.occupancy_resolution, self.field.config.radius, seed,
-                                  device=self.occupancy.device)
+        points = occupancy_points(
+            c.occupancy_resolution, self.field.config.radius, seed, device=self.occupancy.device
+        )
         sigma, _ = self.field(points)
-        occupancy_update(self.occupancy, self.bitfield, sigma,
-                         c.occupancy_decay if decay is None else decay, c.occupancy_threshold)
+        occupancy_update(
+            self.occupancy,
+            self.bitfield,
+            sigma,
+            c.occupancy_decay if decay is None else decay,
+            c.occupancy_threshold,
+        )

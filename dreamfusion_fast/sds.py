@@ -12,8 +12,9 @@ from torch import Tensor
 from .config import GuidanceConfig
 
 
-def sample_timesteps(n: int, n_steps: int, t_range: tuple[float, float],
-                     generator: torch.Generator) -> Tensor:
+def sample_timesteps(
+    n: int, n_steps: int, t_range: tuple[float, float], generator: torch.Generator
+) -> Tensor:
     """(n,) int64, uniform over the share `t_range` of a schedule of n_steps (paper: 0.02-0.98)."""
     low, high = (round(t * n_steps) for t in t_range)
     return torch.randint(low, max(high, low + 1), (n,), generator=generator).clamp(0, n_steps - 1)
@@ -25,8 +26,9 @@ def perturb(z: Tensor, noise: Tensor, alpha2: Tensor) -> Tensor:
     return a.sqrt() * z + (1.0 - a).sqrt() * noise
 
 
-def guide(cond: Tensor, uncond: Tensor | None, noise: Tensor, scale: float,
-          weight: Tensor) -> Tensor:
+def guide(
+    cond: Tensor, uncond: Tensor | None, noise: Tensor, scale: float, weight: Tensor
+) -> Tensor:
     """w(t) ((1 + omega) eps_cond - omega eps_uncond - eps), weight (B,)."""
     guided = cond if uncond is None else (1.0 + scale) * cond - scale * uncond
     return weight[:, None, None, None] * (guided - noise)
@@ -41,8 +43,14 @@ def weight(alpha2: Tensor, weighting: str) -> Tensor:
     raise ValueError(f"config `weighting`: expected sigma2 or uniform, got {weighting!r}")
 
 
-def loss(guidance, image: Tensor, cond: Tensor, uncond: Tensor | None, config: GuidanceConfig,
-         generator: torch.Generator) -> Tensor:
+def loss(
+    guidance,
+    image: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    config: GuidanceConfig,
+    generator: torch.Generator,
+) -> Tensor:
     """A scalar whose gradient with respect to `image` (B, 3, S, S) is the SDS gradient, averaged
     over the B views. cond, uncond: embeddings of B prompts; uncond None: no guidance scale."""
     z = guidance.encode(image)
@@ -56,8 +64,9 @@ def loss(guidance, image: Tensor, cond: Tensor, uncond: Tensor | None, config: G
         if uncond is None:
             predicted = guidance.predict_noise(z_t, t, cond), None
         else:
-            both = guidance.predict_noise(torch.cat((z_t, z_t)), torch.cat((t, t)),
-                                          torch.cat((cond, uncond)))
+            both = guidance.predict_noise(
+                torch.cat((z_t, z_t)), torch.cat((t, t)), torch.cat((cond, uncond))
+            )
             predicted = both.chunk(2)
         gradient = guide(*predicted, noise, config.scale, weight(alpha2, config.weighting))
     return (z * gradient).sum() / n

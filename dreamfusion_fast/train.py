@@ -58,16 +58,17 @@ class Trainer:
         self.config, self.folder, self.device = config, Path(folder), torch.device(device)
         self.guidance = _Timed(guide or guidance.load(config.guidance.name, self.device))
         if self.guidance.image_size != config.render.image_size:
-            raise ValueError(f"config `image_size`: expected {self.guidance.image_size}, the size "
-                             f"that the guidance sees, got {config.render.image_size}")
-        self.views = self.guidance.embed(
-            [f"{config.prompt}, {view} view" for view in camera.VIEWS])
+            raise ValueError(
+                f"config `image_size`: expected {self.guidance.image_size}, the size "
+                f"that the guidance sees, got {config.render.image_size}"
+            )
+        self.views = self.guidance.embed([f"{config.prompt}, {view} view" for view in camera.VIEWS])
         self.unconditional = self.guidance.embed([""]) if config.guidance.scale else None
         generator = torch.Generator().manual_seed(config.seed)
         field = Field(config.field, generator)
         self.renderer = Renderer(field, config.render, generator).to(self.device)
         self.optimizer = self._build_optimizer()
-        self.step = 0
+        self.step, self.stopping = 0, False
         self.folder.mkdir(parents=True, exist_ok=True)
         if resume and self.checkpoint_path.exists():
             self._load()
@@ -78,14 +79,17 @@ class Trainer:
         return self.folder / "checkpoint.safetensors"
 
     def run(self) -> Iterator[dict]:
-        """Train to config.steps, yielding each step's metrics. Checkpoints on the way, at the end,
-        and when interrupted (the exception goes on)."""
+        """Train to config.steps, or to the end of the step in which `stopping` was set, yielding
+        each step's metrics. Checkpoints on the way, and at the end of the last whole step."""
+        whole = True
         try:
             with open(self.folder / "metrics.jsonl", "a") as log:
-                while self.step < self.config.steps:
+                while self.step < self.config.steps and not self.stopping:
+                    whole = False
                     metrics = self._step()
                     log.write(json.dumps(metrics) + "\n")
                     self.step += 1
+                    whole = True
                     if self.step % self.config.preview_every == 0:
                         export.preview(self.renderer, self.folder / "preview.png")
                     if self.step % self.config.checkpoint_every == 0:
@@ -93,7 +97,8 @@ class Trainer:
                         self.save()
                     yield metrics
         finally:
-            self.save()
+            if whole:  # a step that failed half-way must not be taken for one that was done
+                self.save()
 
     def _step(self) -> dict:
         c, began = self.config, time.perf_counter()
@@ -132,8 +137,9 @@ class Trainer:
     def _seed(self, generator: torch.Generator) -> int:
         return int(torch.randint(2**62, (), generator=generator))
 
-    def _metrics(self, began: float, rendering: Rendering, sds_loss: Tensor,
-                 opacity_loss: Tensor) -> dict:
+    def _metrics(
+        self, began: float, rendering: Rendering, sds_loss: Tensor, opacity_loss: Tensor
+    ) -> dict:
         seconds = time.perf_counter() - began
         wanted = int(rendering.count)
         return {
@@ -153,8 +159,10 @@ class Trainer:
         small = [field.weights]
         if self.renderer.environment is not None:
             small += list(self.renderer.environment.parameters())
-        groups = [{"params": [field.table], "base_rate": o.table_rate},
-                  {"params": small, "base_rate": o.mlp_rate}]
+        groups = [
+            {"params": [field.table], "base_rate": o.table_rate},
+            {"params": small, "base_rate": o.mlp_rate},
+        ]
         return Adam(groups, lr=o.mlp_rate, betas=o.betas, eps=o.eps)
 
     def _start_files(self) -> None:
@@ -174,8 +182,10 @@ class Trainer:
     def _load(self) -> None:
         tensors, config = checkpoint.load(self.checkpoint_path)
         if config["prompt"] != self.config.prompt:
-            raise ValueError(f"argument `prompt`: expected {config['prompt']!r}, the run's own, got "
-                             f"{self.config.prompt!r}")
+            raise ValueError(
+                f"argument `prompt`: expected {config['prompt']!r}, the run's own, got "
+                f"{self.config.prompt!r}"
+            )
         self.renderer.load_state_dict(model_tensors(tensors))
         state: dict[int, dict] = {}
         for key, value in tensors.items():
@@ -197,8 +207,10 @@ def check(config: RunConfig) -> None:
             raise ValueError(f"argument `{name}`: expected at least 1, got {getattr(config, name)}")
     backgrounds = ("random", "grey", "environment")
     if config.render.background not in backgrounds:
-        raise ValueError(f"argument `background`: expected one of {', '.join(backgrounds)}, got "
-                         f"{config.render.background!r}")
+        raise ValueError(
+            f"argument `background`: expected one of {', '.join(backgrounds)}, got "
+            f"{config.render.background!r}"
+        )
 
 
 def rate_share(step: int, config: RunConfig) -> float:
@@ -209,7 +221,7 @@ def rate_share(step: int, config: RunConfig) -> float:
 
 
 def opacity_penalty(opacity: Tensor) -> Tensor:
-    """Sum over the pixels of sqrt(opacity² + 0.01), averaged over views (A.2, from Dream Fields)."""
+    """Sum over the pixels of sqrt(opacity² + 0.01), averaged over views (A.2)."""
     return (opacity.square() + 0.01).sqrt().sum() / len(opacity)
 
 
@@ -264,4 +276,4 @@ def load_renderer(folder: Path, device="cpu") -> Renderer:
 
 def model_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The renderer's state dict among a checkpoint's tensors."""
-    return {k[len("model."):]: v for k, v in tensors.items() if k.startswith("model.")}
+    return {k[len("model.") :]: v for k, v in tensors.items() if k.startswith("model.")}

@@ -15,7 +15,7 @@ def test_samples_stay_in_the_papers_ranges(rng):
     assert 0.7 <= c.focal.min() and c.focal.max() <= 1.35
     elevation = torch.rad2deg(c.elevation)
     assert -10.01 <= elevation.min() < -5 and 80 < elevation.max() <= 90.01
-    # Half uniform in angle, half in area: P(elevation > 60) = (30/100 + (1 - sin 60)/(1 + sin 10))/2.
+    # Half uniform in angle, half in area.
     expected = (0.3 + (1 - math.sin(math.pi / 3)) / (1 + math.sin(math.pi / 18))) / 2
     assert (elevation > 60).float().mean() == pytest.approx(expected, abs=0.035)
 
@@ -37,8 +37,9 @@ def test_look_at_is_a_rotation_that_faces_the_target(rng):
     target = torch.randn(50, 3, generator=rng) * 0.1
     c2w = camera.look_at(position, target, torch.tensor([0.0, 0.0, 1.0]).expand(50, 3))
     rotation = c2w[:, :, :3]
-    torch.testing.assert_close(rotation @ rotation.mT, torch.eye(3).expand(50, 3, 3),
-                               rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        rotation @ rotation.mT, torch.eye(3).expand(50, 3, 3), rtol=0, atol=1e-5
+    )
     torch.testing.assert_close(torch.linalg.det(rotation), torch.ones(50), rtol=0, atol=1e-5)
     forward = torch.nn.functional.normalize(target - position, dim=-1)
     torch.testing.assert_close(-rotation[:, :, 2], forward, rtol=0, atol=1e-5)
@@ -50,10 +51,21 @@ def test_looking_straight_down_has_a_right_hand():
     torch.testing.assert_close(torch.linalg.det(c.c2w[:, :, :3]), torch.ones(2), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("elevation, azimuth, view", [
-    (0, 0, "front"), (0, 44, "front"), (0, 46, "side"), (0, 134, "side"), (0, 136, "back"),
-    (0, 180, "back"), (0, 270, "side"), (0, 320, "front"), (59, 180, "back"), (61, 180, "overhead"),
-])
+@pytest.mark.parametrize(
+    "elevation, azimuth, view",
+    [
+        (0, 0, "front"),
+        (0, 44, "front"),
+        (0, 46, "side"),
+        (0, 134, "side"),
+        (0, 136, "back"),
+        (0, 180, "back"),
+        (0, 270, "side"),
+        (0, 320, "front"),
+        (59, 180, "back"),
+        (61, 180, "overhead"),
+    ],
+)
 def test_view_words(elevation, azimuth, view):
     angles = torch.deg2rad(torch.tensor([[float(elevation)], [float(azimuth)]]))
     assert camera.VIEWS[int(camera.view_index(*angles)[0])] == view

@@ -12,8 +12,12 @@ from dreamfusion_fast.train import folder_state
 
 
 def run(*args, **options):
-    return subprocess.run([sys.executable, "-m", "dreamfusion_fast.cli", *map(str, args)],
-                          capture_output=True, text=True, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "dreamfusion_fast.cli", *map(str, args)],
+        capture_output=True,
+        text=True,
+        **options,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +29,13 @@ def finished(tmp_path_factory):
 
 
 def test_generate_leaves_everything(finished):
-    for name in ("config.json", "checkpoint.safetensors", "metrics.jsonl", "turntable.mp4",
-                 "contact_sheet.png"):
+    for name in (
+        "config.json",
+        "checkpoint.safetensors",
+        "metrics.jsonl",
+        "turntable.mp4",
+        "contact_sheet.png",
+    ):
         assert (finished / name).stat().st_size > 0, name
     assert len((finished / "metrics.jsonl").read_text().splitlines()) == 3
 
@@ -44,18 +53,22 @@ def test_resume_goes_on_to_more_steps(finished):
     assert len((finished / "metrics.jsonl").read_text().splitlines()) == 5
 
 
-@pytest.mark.parametrize("args, words", [
-    ([""], "argument `prompt`: expected a text, got an empty one"),
-    (["a red zebra"], "does not know `zebra`"),
-    (["a read car"], "did you mean `red`"),
-    (["a red car", "--steps", "0"], "argument `steps`: expected at least 1, got 0"),
-    (["a red car", "--steps", "-5"], "argument `steps`: expected at least 1, got -5"),
-    (["a red car", "--guidance", "no/such"], "guidance `no/such`: expected toybox, exemplar"),
-    (["a red car", "--device", "tpu"], "argument `--device`: expected cpu, cuda or auto"),
-])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ([""], "argument `prompt`: expected a text, got an empty one"),
+        (["a red zebra"], "does not know `zebra`"),
+        (["a read car"], "did you mean `red`"),
+        (["a red car", "--steps", "0"], "argument `steps`: expected at least 1, got 0"),
+        (["a red car", "--steps", "-5"], "argument `steps`: expected at least 1, got -5"),
+        (["a red car", "--guidance", "no/such"], "guidance `no/such`: expected toybox, exemplar"),
+        (["a red car", "--device", "tpu"], "argument `--device`: expected cpu, cuda or auto"),
+    ],
+)
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, args, words):
-    result = run("generate", *args, "--out", tmp_path / "run",
-                 env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    result = run(
+        "generate", *args, "--out", tmp_path / "run", env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
     assert result.returncode == 2
     lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and words in lines[0], result.stderr
@@ -83,8 +96,17 @@ def test_a_broken_checkpoint_is_refused_and_kept(finished, tmp_path, damage):
 
 
 def test_ctrl_c_saves(tmp_path):
-    command = [sys.executable, "-m", "dreamfusion_fast.cli", "generate", "a blue ball", "--out",
-               str(tmp_path / "run"), "--steps", "5000"]
+    command = [
+        sys.executable,
+        "-m",
+        "dreamfusion_fast.cli",
+        "generate",
+        "a blue ball",
+        "--out",
+        str(tmp_path / "run"),
+        "--steps",
+        "5000",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = tmp_path / "run" / "metrics.jsonl"
     deadline = time.time() + 120

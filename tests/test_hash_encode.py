@@ -77,13 +77,16 @@ def test_only_one_gradient(device, rng):
     assert torch.equal(both[0], of_x) and torch.equal(both[1], of_table)
 
 
-def test_nan_is_propagated_and_stays_in_bounds(device, dtype, rng):
+@pytest.mark.parametrize("way", WAYS)
+def test_nan_is_propagated_and_stays_in_bounds(device, dtype, way, rng):
     x, table = make(rng, 70, dtype=dtype, device=device)
     with torch.no_grad():
-        x[2, 1] = math.nan
-    out = hash_encode(x, table, *GRID)
-    assert out[2].isnan().all() and out[[0, 1, *range(3, 70)]].isfinite().all()
-    check_op(*OP, x, table, *GRID)
+        x[2] = torch.tensor([0.3, math.nan, 0.7])
+        x[3] = torch.tensor([math.nan, math.nan, math.nan])
+        x[4] = torch.tensor([-0.1, math.nan, 1.1])  # no gradient, not even NaN, where clamped
+    out = hash_encode(x, table, *GRID, way)
+    assert out[2:5].isnan().all() and out[[0, 1, *range(5, 70)]].isfinite().all()
+    check_op(*OP, x, table, *GRID, way)
 
 
 def test_a_table_row_of_its_own(device, rng):

@@ -43,8 +43,10 @@ def test_gradient_is_equation_3(scale, weighting, seed):
 def test_no_unconditional_half_without_scale(seed):
     image = torch.rand(2, 3, 4, 4, requires_grad=True)
     args = (Shrink(), image, torch.full((2,), 0.5))
-    both = [sds.loss(*args, u, GuidanceConfig(scale=0.0), torch.Generator().manual_seed(seed))
-            for u in (None, torch.zeros(2))]
+    both = [
+        sds.loss(*args, u, GuidanceConfig(scale=0.0), torch.Generator().manual_seed(seed))
+        for u in (None, torch.zeros(2))
+    ]
     torch.testing.assert_close(*both)
 
 

@@ -68,10 +68,15 @@ def test_tokenizer_knows_every_word_the_captions_use(rng):
     assert max(map(len, tokens)) <= tokenizer.model_max_length
 
 
-@pytest.mark.parametrize("text, words", [
-    ("a red unicorn", "`unicorn`"), ("a read car", "did you mean `red`"),
-    ("a red", "expected one of the toybox's objects"), ("a red carr", "did you mean `car`"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("a red unicorn", "`unicorn`"),
+        ("a read car", "did you mean `red`"),
+        ("a red", "expected one of the toybox's objects"),
+        ("a red carr", "did you mean `car`"),
+    ],
+)
 def test_prompts_the_toybox_cannot_mean(text, words):
     with pytest.raises(ValueError, match=words):
         world.check_prompt(text)
@@ -142,10 +147,13 @@ def test_prior_denoises_what_it_was_trained_on_and_listens_to_the_text(prior):
     assert right < 0.1 and wrong > 1.1 * right
 
 
-@pytest.mark.parametrize("text, message", [
-    ("a red zebra", "does not know `zebra`"),
-    ("a red car " + ", a red car" * 5, "at most 16 tokens"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a red zebra", "does not know `zebra`"),
+        ("a red car " + ", a red car" * 5, "at most 16 tokens"),
+    ],
+)
 def test_prior_refuses_what_it_cannot_mean(prior, text, message):
     with pytest.raises(ValueError, match=message):
         prior.embed([text])

@@ -35,10 +35,15 @@ class Orange:
 
 
 def tiny(**settings) -> RunConfig:
-    config = RunConfig(prompt="orange", steps=12, views=2, checkpoint_every=4, preview_every=5,
-                       field=FieldConfig(n_levels=3, finest_resolution=24, log2_table_size=10),
-                       render=RenderConfig(image_size=16, step=0.06, occupancy_resolution=16,
-                                           occupancy_every=3))
+    config = RunConfig(
+        prompt="orange",
+        steps=12,
+        views=2,
+        checkpoint_every=4,
+        preview_every=5,
+        field=FieldConfig(n_levels=3, finest_resolution=24, log2_table_size=10),
+        render=RenderConfig(image_size=16, step=0.06, occupancy_resolution=16, occupancy_every=3),
+    )
     for name, value in settings.items():
         setattr(config, name, value)
     return config
@@ -75,7 +80,8 @@ def test_interrupted_and_resumed_is_as_uninterrupted(tmp_path, stop):
     run = Trainer(tiny(), tmp_path / "parts", Orange()).run()
     for _ in range(stop):
         next(run)
-    run.throw(KeyboardInterrupt) if stop == 7 else run.close()
+    with pytest.raises(KeyboardInterrupt):
+        run.throw(KeyboardInterrupt)
     finish(tiny(), tmp_path / "parts", resume=True)
     _assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -83,8 +89,10 @@ def test_interrupted_and_resumed_is_as_uninterrupted(tmp_path, stop):
 def _assert_same_run(one, other):
     files = [(f / "checkpoint.safetensors").read_bytes() for f in (one, other)]
     assert files[0] == files[1]
-    logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()]
-            for f in (one, other)]
+    logs = [
+        [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()]
+        for f in (one, other)
+    ]
     for rows in logs:
         for row in rows:
             del row["seconds"], row["guidance_share"]
@@ -102,7 +110,9 @@ for m in Trainer(tiny(steps=400), {folder!r}, Orange(), resume=True).run():
 def test_kill_at_any_moment_leaves_a_run_that_resumes(tmp_path):
     script = SCRIPT.format(tests=os.path.dirname(__file__), folder=str(tmp_path / "parts"))
     for _ in range(2):
-        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+        )
         for line in process.stdout:
             if int(line) % 50 > 20:
                 break
@@ -117,9 +127,9 @@ def test_kill_at_any_moment_leaves_a_run_that_resumes(tmp_path):
 
 
 def test_environment_background_learns(tmp_path):
-    config = tiny(steps=60)
+    config = tiny(steps=300)
     config.render.background = "environment"
-    trainer, metrics = finish(config, tmp_path / "run")
+    trainer, _metrics = finish(config, tmp_path / "run")
     from dreamfusion_fast import camera
 
     with torch.no_grad():
@@ -133,12 +143,15 @@ def test_metrics_tell_where_time_goes(tmp_path):
     assert all(m["samples"] > 0 and m["samples_lost"] == 0 for m in metrics)
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"prompt": " "}, "`prompt`: expected a text, got an empty one"),
-    ({"steps": 0}, "`steps`: expected at least 1, got 0"),
-    ({"steps": -3}, "`steps`: expected at least 1, got -3"),
-    ({"views": 0}, "`views`: expected at least 1"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"prompt": " "}, "`prompt`: expected a text, got an empty one"),
+        ({"steps": 0}, "`steps`: expected at least 1, got 0"),
+        ({"steps": -3}, "`steps`: expected at least 1, got -3"),
+        ({"views": 0}, "`views`: expected at least 1"),
+    ],
+)
 def test_bad_settings(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         Trainer(tiny(**settings), tmp_path / "run", Orange())
@@ -148,7 +161,7 @@ def test_bad_settings(tmp_path, settings, message):
 def test_image_size_must_be_the_guidance_s(tmp_path):
     config = tiny()
     config.render.image_size = 32
-    with pytest.raises(ValueError, match="`image_size`: expected 16, .* got 32"):
+    with pytest.raises(ValueError, match=r"`image_size`: expected 16, .* got 32"):
         Trainer(config, tmp_path / "run", Orange())
 
 
@@ -162,12 +175,12 @@ def test_checkpoints_that_cannot_be_used(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="got a truncated or foreign file"):
             load_renderer(tmp_path)
-    tensors, config = {"x": torch.zeros(1)}, "{}"
+    tensors = {"x": torch.zeros(1)}
     save_file(tensors, path)
     with pytest.raises(ValueError, match="safetensors file of something else"):
         checkpoint.load(path)
-    save_file(tensors, path, {"format": checkpoint.FORMAT, "version": "99", "config": config})
-    with pytest.raises(ValueError, match="expected .* of version 1, got version 99"):
+    save_file(tensors, path, {checkpoint.FORMAT: json.dumps({"version": 99, "config": {}})})
+    with pytest.raises(ValueError, match=r"expected .* of version 1, got version 99"):
         checkpoint.load(path)
     path.unlink()
     with pytest.raises(ValueError, match="got no file"):

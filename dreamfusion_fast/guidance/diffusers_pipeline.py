@@ -23,7 +23,8 @@ def load_pipeline(name: str) -> DiffusionPipeline:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(
             f"guidance `{name}`: expected toybox, exemplar, or the folder or hub name of a "
-            f"diffusers pipeline that is complete and accessible, got: {reason}") from error
+            f"diffusers pipeline that is complete and accessible, got: {reason}"
+        ) from error
 
 
 class DiffusersGuidance:
@@ -41,8 +42,12 @@ class DiffusersGuidance:
         image_size: side of the square picture, pixels.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, device="cpu",
-                 check_prompt: Callable[[str], None] | None = None):
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        device="cpu",
+        check_prompt: Callable[[str], None] | None = None,
+    ):
         self.device = torch.device(device)
         self.unet = pipeline.unet.float().to(self.device, memory_format=torch.channels_last)
         self.unet.requires_grad_(False).eval()
@@ -50,12 +55,16 @@ class DiffusersGuidance:
         self.tokenizer, self.check_prompt = pipeline.tokenizer, check_prompt
         self.unshuffle = math.isqrt(self.unet.config.in_channels // 3)
         if 3 * self.unshuffle**2 != self.unet.config.in_channels:
-            raise ValueError(f"guidance: expected a pixel-space U-Net with 3 r² input channels, "
-                             f"got {self.unet.config.in_channels}")
+            raise ValueError(
+                f"guidance: expected a pixel-space U-Net with 3 r² input channels, "
+                f"got {self.unet.config.in_channels}"
+            )
         self.prediction = pipeline.scheduler.config.prediction_type
         if self.prediction not in ("epsilon", "v_prediction"):
-            raise ValueError(f"guidance: expected a scheduler that predicts epsilon or "
-                             f"v_prediction, got {self.prediction}")
+            raise ValueError(
+                f"guidance: expected a scheduler that predicts epsilon or "
+                f"v_prediction, got {self.prediction}"
+            )
         self.alphas_cumprod = pipeline.scheduler.alphas_cumprod.to(self.device, torch.float32)
         self.image_size = self.unet.config.sample_size * self.unshuffle
         if self.device.type == "cpu" and self.unet.config.sample_size**2 <= PLAIN_ATTENTION_TOKENS:
@@ -72,12 +81,17 @@ class DiffusersGuidance:
                 self.check_prompt(text)
             tokens = self.tokenizer(text).input_ids
             if len(tokens) > limit:
-                raise ValueError(f"argument `prompt`: expected at most {limit} tokens, got "
-                                 f"{len(tokens)}: {text!r}")
+                raise ValueError(
+                    f"argument `prompt`: expected at most {limit} tokens, got "
+                    f"{len(tokens)}: {text!r}"
+                )
             if text and self.tokenizer.unk_token_id in tokens[1:-1]:
-                raise ValueError(f"argument `prompt`: the guidance does not know a word of {text!r}")
-        tokens = self.tokenizer(prompts, padding="max_length", max_length=limit,
-                                return_tensors="pt").input_ids
+                raise ValueError(
+                    f"argument `prompt`: the guidance does not know a word of {text!r}"
+                )
+        tokens = self.tokenizer(
+            prompts, padding="max_length", max_length=limit, return_tensors="pt"
+        ).input_ids
         return self.text_encoder(tokens.to(self.device))[0]
 
     def encode(self, image: Tensor) -> Tensor:

@@ -42,13 +42,14 @@ class ExemplarGuidance:
             world.check_prompt(text)
             colour, name = world.parse(text)
             if colour is None:
-                raise ValueError(f"argument `prompt`: expected a colour of "
-                                 f"{', '.join(world.COLOURS)}, got {text!r}")
+                raise ValueError(
+                    f"argument `prompt`: expected a colour of "
+                    f"{', '.join(world.COLOURS)}, got {text!r}"
+                )
             self.name, self.palette = name, renderer.palette(name, world.COLOURS[colour])
         return torch.zeros(len(prompts), 1, device=self.device)
 
-    def set_cameras(self, cameras: Cameras, background: Tensor,
-                    generator: torch.Generator) -> None:
+    def set_cameras(self, cameras: Cameras, background: Tensor, generator: torch.Generator) -> None:
         """Render the pictures of B cameras, before `background` (B, 3) colours in [0, 1]."""
         rays_o, rays_d = pinhole_rays(cameras, 2 * SIZE)
         g = renderer.trace(self.name, rays_o, rays_d)
@@ -57,10 +58,17 @@ class ExemplarGuidance:
         pictures = []
         for k in range(self.lights + 1):
             toward = cameras.c2w[:, :, 3] + torch.randn(n, 3, generator=generator)
-            pictures.append(renderer.shade(
-                g.part, g.normal, points, self.palette.expand(n, -1, -1),
-                background[:, None, None], 1.2 * F.normalize(toward, dim=-1),
-                torch.full((n,), 0.4 if k else 1.0)))
+            pictures.append(
+                renderer.shade(
+                    g.part,
+                    g.normal,
+                    points,
+                    self.palette.expand(n, -1, -1),
+                    background[:, None, None],
+                    1.2 * F.normalize(toward, dim=-1),
+                    torch.full((n,), 0.4 if k else 1.0),
+                )
+            )
         stacked = torch.stack(pictures, 1).flatten(2)
         self.pictures = stacked.to(self.device) * 2.0 - 1.0
 

@@ -1,4 +1,4 @@
-"""Training pictures of the toybox: views traced once, then coloured, lit and captioned at random."""
+"""Training pictures of the toybox: views traced once, coloured, lit, captioned at random."""
 
 from __future__ import annotations
 

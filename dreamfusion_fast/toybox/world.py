@@ -1,4 +1,4 @@
-"""The toybox's language: its colours, prompts, the held-out pairs, and the check of a user's words."""
+"""The toybox's language: its colours, prompts, held-out pairs, and the check of a user's words."""
 
 from __future__ import annotations
 
