@@ -55,8 +55,8 @@ template <bool DENSE> DF_HD uint32_t hash_row(uint32_t x, uint32_t y, uint32_t z
   return DENSE ? x + y + z : (x ^ y ^ z) & mask;
 }
 
-// One coordinate's cell, weight of the upper corner, and that weight's derivative by x, which counts
-// only inside the cube: grad_x is zeroed at the end where hash_clamped(x).
+// One coordinate's cell, weight of the upper corner, and that weight's derivative by x, which
+// counts only inside the cube: grad_x is zeroed at the end where hash_clamped(x).
 template <class T> DF_HD bool hash_clamped(T x) { return !(x >= T(0) && x <= T(1)); }  // or NaN
 template <class T> struct HashAxis { uint32_t cell; T weight, slope; };
 template <class T> DF_HD HashAxis<T> hash_axis(T x, uint32_t resolution, bool smoothstep) {

@@ -42,17 +42,16 @@ class Result:
 
 
 def default_pairs(guide: str) -> list[tuple[str, str]]:
-    """The pairs that are measured: each object once in a colour that training saw, and, where the
-    guidance was trained, every second object once more in a held-out colour."""
-    colours = list(world.COLOURS)
+    """The pairs that are measured. exemplar: every third object in a colour of its own; toybox:
+    every second object in a colour that training saw, and six others in one it never saw."""
     pairs = []
     for k, name in enumerate(shapes.OBJECTS):
-        seen = [c for c in colours if not world.is_held_out(c, name)]
+        seen = [c for c in world.COLOURS if not world.is_held_out(c, name)]
         pairs.append((seen[(3 * k) % len(seen)], name))
     if guide == "exemplar":
-        return pairs[::2]
-    unseen = [(next(c for c in colours if world.is_held_out(c, o)), o) for o in shapes.OBJECTS]
-    return pairs + unseen[1::2]
+        return pairs[::3]
+    unseen = [next(c for c in world.COLOURS if world.is_held_out(c, o)) for o in shapes.OBJECTS]
+    return pairs[::2] + list(zip(unseen, shapes.OBJECTS))[1::4]
 
 
 def volume_iou(field, radius: float, name: str) -> float:

@@ -185,7 +185,7 @@ def render_views(
 def preview(renderer, path: Path) -> None:
     """PNG of the front, both sides and the back, at the renderer's own size."""
     cameras = orbit([0.0, 90.0, 180.0, 270.0], 15.0, DISTANCE, FOCAL)
-    write_png(_tiled(render_views(renderer, cameras), 2), path)
+    write_png(tiled(render_views(renderer, cameras), 2), path)
 
 
 def contact_sheet(renderer, path: Path, size: int = 128) -> None:
@@ -195,7 +195,7 @@ def contact_sheet(renderer, path: Path, size: int = 128) -> None:
         render_views(renderer, orbit(azimuths, elevation, DISTANCE, FOCAL), size)
         for elevation in (15.0, 45.0)
     ]
-    write_png(_tiled(torch.cat(rows), 8), path)
+    write_png(tiled(torch.cat(rows), 8), path)
 
 
 def turntable(renderer, path: Path, frames: int = 60, size: int = 128, fps: int = 30) -> None:
@@ -245,7 +245,7 @@ def export_run(
     return [sheet, video, glb]
 
 
-def _tiled(images: Tensor, columns: int) -> Tensor:
+def tiled(images: Tensor, columns: int) -> Tensor:
     """(R * columns, 3, S, S) to one picture (3, R * S, columns * S)."""
     n, c, h, w = images.shape
     rows = images.reshape(n // columns, columns, c, h, w)

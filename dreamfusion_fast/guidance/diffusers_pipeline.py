@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 
+import diffusers
 import torch
 import torch.nn.functional as F
+import transformers
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import AttnAddedKVProcessor, AttnProcessor
 from torch import Tensor
@@ -18,13 +21,30 @@ def load_pipeline(name: str) -> DiffusionPipeline:
     """Load a pipeline folder or hub model through diffusers. Raises ValueError with a one-line
     reason when it cannot be had."""
     try:
-        return DiffusionPipeline.from_pretrained(name, safety_checker=None, watermarker=None)
+        with _quiet():
+            return DiffusionPipeline.from_pretrained(name, safety_checker=None, watermarker=None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(
             f"guidance `{name}`: expected toybox, exemplar, or the folder or hub name of a "
             f"diffusers pipeline that is complete and accessible, got: {reason}"
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without the libraries' progress bars and notes: a T5 that is a CLIP here is on purpose."""
+    libraries = diffusers.utils.logging, transformers.utils.logging
+    before = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, before):
+            library.set_verbosity(level)
+            library.enable_progress_bar()
 
 
 class DiffusersGuidance:

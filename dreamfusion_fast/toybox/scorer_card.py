@@ -30,16 +30,18 @@ A CLIP of {parameters:.2f} M parameters (ViT 64x64, patch 8, width 128, 5 layers
 layers, one token a word; 64 dimensions in common), stored in fp16. It judges text to 3D in the
 toybox by R-Precision (Park et al. 2021) and is never used as guidance.
 
-- **Data**: {views} traced views of each of {objects} objects (views seed {seed}, the paper's
-  cameras), coloured, lit and set before random backgrounds without end; {pictures:,} pictures.
+- **Data**: of {views} traced views of each of {objects} objects (views seed {seed}, the paper's
+  cameras) those that are whole, not small and not overhead; coloured, one in four lit, set before
+  random backgrounds. {pictures:,} pictures were seen, each about four times with other spoiling.
   All {pairs} (colour, object) pairs, those that the prior never sees included, each as likely.
-- **Spoiling**: three pictures in four are bent, cut, fogged, blurred, noisy, over-saturated, or
-  have floaters, as unfinished radiance fields do.
+- **Spoiling**: {spoilt:.0%} of the pictures are bent, cut, fogged, blurred, noisy, over-saturated,
+  or have floaters, as unfinished radiance fields do.
 - **Loss**: softmax over all {pairs} prompts for each picture (cosine similarity, learnt
   temperature), the image-to-text half of CLIP's loss; prompts in the canonical form "a red car"
   every other step, else in one of {templates} variants. No view words.
 - **Training**: {minutes:.0f} minutes on {threads} CPU thread(s), {steps:,} steps of {batch}; seed
   {seed}, not reproducible to the bit, for the learning rate follows the clock.
+  {note}
 - **Made by** `python -m dreamfusion_fast.toybox.train_scorer`, measured by
   `python -m dreamfusion_fast.toybox.scorer_card`.
 
@@ -51,8 +53,9 @@ Share of pictures whose most similar prompt of {pairs} is the right one; views u
 {rows}
 
 Orbit views are albedo on grey at 30 degrees of elevation, focal length 1, from 1.25 to 1.5 away,
-as `evaluate` renders. Random views are cropped, seen from afar and from below, and one in three is
-lit from the side, where brown and orange, or white and grey, are hard to tell apart.
+as `evaluate` renders. Random views are whole, not overhead, before random backgrounds, and one in
+four is lit from the side, where brown and orange, or white and grey, are hard to tell apart.
+Some albedo views are silhouettes, and those of a mug, a duck and a ghost from behind are alike.
 The weakest objects on orbit views: {weakest}.
 """
 
@@ -83,7 +86,7 @@ def measure(scorer: Scorer, n_views: int) -> tuple[dict[str, list[float]], dict[
     """Accuracies (all, seen, held out) by kind of picture; and by object on orbit views."""
     generator = torch.Generator().manual_seed(FRESH)
     orbit, orbit_pair = orbit_pictures(n_views, FRESH)
-    source = Source(Pictures(2 * n_views, FRESH))
+    source = Source(Pictures(6 * n_views, FRESH))
     drawn = [source.draw(64, generator) for _ in range(len(orbit) // 64)]
     clean, pair = (torch.cat(x) for x in zip(*drawn))
     clean = clean.clamp(0, 1)
@@ -106,8 +109,8 @@ def measure(scorer: Scorer, n_views: int) -> tuple[dict[str, list[float]], dict[
     return rows, by_object
 
 
-def main(run: Path = Path("runs/scorer"), views: int = 8, threads: int = 2) -> None:
-    """Measure RUN/scorer on fresh pictures, and write its README.md."""
+def main(run: Path = Path("runs/scorer"), views: int = 8, threads: int = 2, note: str = "") -> None:
+    """Measure RUN/scorer on fresh pictures, and write its README.md. NOTE: on the training."""
     torch.set_num_threads(threads)
     folder = run / "scorer"
     scorer = Scorer(folder)
@@ -126,6 +129,8 @@ def main(run: Path = Path("runs/scorer"), views: int = 8, threads: int = 2) -> N
         minutes=last["minutes"],
         seed=config["seed"],
         batch=config["batch"],
+        spoilt=config["spoilt"],
+        note=note,
         threads=config["threads"],
         rows="\n".join(
             f"| {k} | " + " | ".join(f"{v:.1%}" for v in r) + " |" for k, r in rows.items()

@@ -97,7 +97,14 @@ class Source:
         whole = (edge.float().mean(1) < 0.08) & (hit.sum((1, 2)) > 0.04 * hit[0].numel())
         overhead = pictures.views["view"] == camera.VIEWS.index("overhead")
         kept = (whole & ~overhead).nonzero()[:, 0]
-        self.kept = kept.split(torch.bincount(kept // pictures.per_object).tolist())  # by object
+        n = torch.bincount(kept // pictures.per_object, minlength=len(pictures.objects))
+        if not n.all():
+            name = pictures.objects[int(n.argmin())]
+            raise ValueError(
+                f"argument `pictures`: expected more views an object than {pictures.per_object}, "
+                f"of {name} none is whole"
+            )
+        self.kept = kept.split(n.tolist())  # by object
         self.palettes = torch.stack([pictures.palettes[pair] for pair in world.all_pairs()])
 
     def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
