@@ -1,0 +1,93 @@
+"""Print op, float32 error against the float64 twin, gradcheck: `python tests/op_table.py`."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from dreamfusion_fast import ops
+from dreamfusion_fast.ops import reference
+
+G = torch.Generator().manual_seed(0)
+GRID = {"n_levels": 4, "base_resolution": 4, "finest_resolution": 32, "log2_table_size": 8}
+PACKED = torch.tensor([[0, 5], [5, 0], [5, 3], [8, 1]], dtype=torch.int32)
+
+
+def rand(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, generator=G, dtype=torch.float64)
+
+
+def unit(n: int) -> torch.Tensor:
+    return torch.nn.functional.normalize(rand(n, 3) - 0.5, dim=-1)
+
+
+# op -> (function(ops module, *tensors), tensors, differentiable). In-place ops return what changed.
+def cases() -> dict:
+    rows = ops.hash_table_rows(**GRID)[1][-1]
+    widths = [5, 16, 16, 3]
+    origins = -1.5 * unit(6) + 0.2 * rand(6, 3)
+    near, far = reference.ray_sphere_intersect(origins, unit(6), 0.7)
+    bits = torch.randint(0, 256, (512,), generator=G, dtype=torch.uint8)
+    far = near + 1.0
+    return {
+        "generate_rays": (lambda m, c, f: m.generate_rays(c, f, 3, 4),
+                          (rand(2, 3, 4), 3 + rand(2)), True),
+        "ray_sphere_intersect": (lambda m, o, d: m.ray_sphere_intersect(o, d, 0.9),
+                                 (0.3 * rand(6, 3), unit(6)), True),
+        "ray_box_intersect": (lambda m, o, d: m.ray_box_intersect(o, d, 0.9),
+                              (0.3 * rand(6, 3), unit(6)), True),
+        "march": (lambda m, *a: tuple(m.march(*a, bits, 16, 1.0, 0.05, 200, 7)),
+                  (origins, unit(6), near, far), False),
+        "hash_encode": (lambda m, x, t: m.hash_encode(x, t, **GRID, interpolation="smoothstep"),
+                        (rand(7, 3), rand(rows, 2)), True),
+        "spherical_harmonics": (lambda m, d: m.spherical_harmonics(d, 4), (unit(7),), True),
+        "frequency_encode": (lambda m, x, v: m.frequency_encode(x, 4, v),
+                             (rand(7, 3), 0.1 * rand(7)), True),
+        "mlp": (lambda m, x, p: m.mlp(x, p, widths, "silu"),
+                (rand(7, 5), rand(ops.mlp_parameters(widths)) - 0.5), True),
+        "composite": (lambda m, *a: m.composite(*a, PACKED),
+                      (5 * rand(9), rand(9, 3), rand(9), 0.1 * rand(9)), True),
+        "occupancy_points": (lambda m, x: m.occupancy_points(8, 0.7, 3, dtype=x.dtype),
+                             (rand(1),), False),
+        "occupancy_update": (_occupancy, (rand(512), rand(512)), False),
+        "adam_step": (_adam, (rand(50), rand(50) - 0.5, rand(50), rand(50)), False),
+    }  # fmt: skip
+
+
+def _occupancy(m, ema, density):
+    ema, bits = ema.clone(), torch.zeros(64, dtype=torch.uint8)
+    m.occupancy_update(ema, bits, density, 0.9, 0.4)
+    return ema, bits
+
+
+def _adam(m, *tensors):
+    param, grad, exp_avg, exp_avg_sq = copy.deepcopy(tensors)
+    step, skipped = torch.tensor([3]), torch.zeros(1, dtype=torch.int32)
+    m.adam_step(param, grad, exp_avg, exp_avg_sq, step, skipped, 0.01, 0.9, 0.99, 1e-8)
+    return param, exp_avg, exp_avg_sq
+
+
+def error(function, tensors, dtype: torch.dtype) -> float:
+    """Largest difference from the float64 twin, relative to 1 + its size."""
+    got = function(ops, *(t.to(dtype) for t in tensors))
+    want = function(reference, *tensors)
+    pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (got, want)), strict=True)
+    return max(float(((a.double() - b.double()).abs() / (1 + b.double().abs())).max())
+               for a, b in pairs)  # fmt: skip
+
+
+def main() -> None:
+    print(f"{'op':22} {'float32 error':>14} {'float64 error':>14}  gradcheck (float64)")
+    for name, (function, tensors, differentiable) in cases().items():
+        errors = [error(function, tensors, d) for d in (torch.float32, torch.float64)]
+        checked = "no derivative"
+        if differentiable:
+            inputs = tuple(t.clone().requires_grad_() for t in tensors)
+            checked = torch.autograd.gradcheck(lambda *a, f=function: f(ops, *a), inputs)
+            checked = "passed" if checked else "FAILED"
+        print(f"{name:22} {errors[0]:14.1e} {errors[1]:14.1e}  {checked}")
+
+
+if __name__ == "__main__":
+    main()
