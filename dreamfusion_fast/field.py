@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import FieldConfig
-from .ops import hash_encode, hash_table_rows, mlp, mlp_parameters
+from .ops import frequency_encode, hash_encode, hash_table_rows, mlp, mlp_parameters
 
 LOG_DENSITY_MAX = 8.0  # exp of more would only make gradients explode: a bin is opaque long before
 
@@ -77,7 +77,5 @@ class Environment(nn.Module):
 
     def forward(self, rays_d: Tensor) -> Tensor:
         """rays_d (N, 3) unit. Returns colours (N, 3) in [0, 1]."""
-        from .ops import frequency_encode
-
         encoded = frequency_encode(rays_d, self.n_frequencies)
         return torch.sigmoid(mlp(encoded, self.weights, self.widths))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dreamfusion_fast import checkpoint
+from dreamfusion_fast import camera, checkpoint
 from dreamfusion_fast.config import FieldConfig, RenderConfig, RunConfig
 from dreamfusion_fast.train import Trainer, load_renderer, opacity_penalty, rate_share
 
@@ -57,8 +57,6 @@ def finish(config, folder, resume=False):
 
 def test_loss_pulls_the_picture_to_the_prior(tmp_path):
     trainer, _ = finish(tiny(steps=80), tmp_path / "run")
-    from dreamfusion_fast import camera
-
     with torch.no_grad():
         picture = trainer.renderer(camera.orbit([30.0], 20.0, 1.25, 1.0), 0, jitter=False)
     r, g, b = picture.image[0, :, 6:10, 6:10].mean(dim=(1, 2))
@@ -130,8 +128,6 @@ def test_environment_background_learns(tmp_path):
     config = tiny(steps=300)
     config.render.background = "environment"
     trainer, _metrics = finish(config, tmp_path / "run")
-    from dreamfusion_fast import camera
-
     with torch.no_grad():
         corner = trainer.renderer(camera.orbit([200.0], 30.0, 1.4, 0.8), 0).image[0, :, 0, 0]
     assert corner[0] > 0.6 and corner[2] < 0.4

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
+from ..guidance import load_pipeline
 from . import world
 from .pictures import SIZE, Pictures
 
@@ -41,6 +42,7 @@ class PriorConfig:
     seed: int = 0
     threads: int = 2
     compile: bool = False
+    start: str = ""  # a pipeline folder whose weights a new training begins with
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -108,6 +110,10 @@ class Trainer:
         self.config, self.folder = config, folder
         self.tokenizer = build_tokenizer()
         self.text, self.unet = build_models(len(self.tokenizer))
+        if config.start:
+            pipeline = load_pipeline(config.start)
+            self.text.load_state_dict(pipeline.text_encoder.state_dict())
+            self.unet.load_state_dict(pipeline.unet.state_dict())
         self.net = nn.ModuleDict({"text": self.text, "unet": self.unet})
         self.shadow = [p.detach().clone() for p in self.net.parameters()]
         self.scheduler = DDPMScheduler(
@@ -237,6 +243,7 @@ def main(
     seed: int = PriorConfig.seed,
     threads: int = PriorConfig.threads,
     compile: bool = PriorConfig.compile,
+    start: str = PriorConfig.start,
 ) -> None:
     """Train the toybox prior, or go on with the training that lies in --out."""
     out.mkdir(parents=True, exist_ok=True)
@@ -249,6 +256,7 @@ def main(
             views_per_object=views_per_object,
             threads=threads,
             compile=compile,
+            start=start,
         ),
         out,
     ).run()
