@@ -24,7 +24,7 @@ def test_iou_of_the_true_shape_is_one():
 
 def test_iou_of_a_smaller_cube_is_the_ratio_of_volumes():
     got = evaluate.volume_iou(Solid("cube", 0.8), 0.75, "cube")
-    assert got == pytest.approx(0.8**3, abs=0.02)
+    assert got == pytest.approx(0.8**3, abs=0.05)  # a cell is 2 % of its side
 
 
 def test_iou_of_another_object_is_low():

@@ -56,7 +56,7 @@ def finish(config, folder, resume=False):
 
 
 def test_loss_pulls_the_picture_to_the_prior(tmp_path):
-    trainer, _ = finish(tiny(steps=80), tmp_path / "run")
+    trainer, _ = finish(tiny(steps=200), tmp_path / "run")
     with torch.no_grad():
         picture = trainer.renderer(camera.orbit([30.0], 20.0, 1.25, 1.0), 0, jitter=False)
     r, g, b = picture.image[0, :, 6:10, 6:10].mean(dim=(1, 2))

@@ -29,7 +29,8 @@ def sample(guide: DiffusersGuidance, prompts: list[str], scale: float, steps: in
            generator: torch.Generator) -> Tensor:  # fmt: skip
     """Draw a picture (3, S, S) in [0, 1] for each prompt, by DDIM (Song et al. 2021) with guidance
     (1 + scale) eps_cond - scale eps_uncond. Returns (B, 3, S, S)."""
-    scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=True)
+    alphas = torch.cat((guide.alphas_cumprod.new_ones(1), guide.alphas_cumprod))
+    scheduler = DDIMScheduler(trained_betas=(1 - alphas[1:] / alphas[:-1]).tolist())
     scheduler.set_timesteps(steps)
     cond = guide.embed(prompts)
     both = torch.cat((cond, guide.embed([""]).expand_as(cond)))
@@ -68,7 +69,7 @@ def card(config: dict, curve: list[dict], errors: dict[str, list[float]]) -> str
         "# The toybox prior", "",
         "A 64x64 text-conditional pixel diffusion model in diffusers' own format "
         "(UNet2DConditionModel on the 4-fold pixel-unshuffled picture, CLIPTextModel, "
-        "v-prediction, cosine schedule), trained from scratch by "
+        "v-prediction, cosine schedule shifted to more noise), trained from scratch by "
         "`python -m dreamfusion_fast.toybox.train_prior` on pictures that "
         "`dreamfusion_fast/toybox` renders. It knows nothing of any real picture.", "",
         "![samples](samples.png)", "",
