@@ -119,4 +119,5 @@ def preset(guidance: str, **settings) -> RunConfig:
     config = RunConfig(guidance=GuidanceConfig(name=guidance), **settings)
     if guidance == "exemplar":  # exact scores: nothing to amplify
         config.guidance.scale = 0.0
+        config.steps = settings.get("steps", 400)
     return config
