@@ -21,7 +21,7 @@ def test_shape(name, rng):
     q = p + 1e-3 * torch.randn(p.shape, generator=rng)
     outside = distance > 0.02
     slope = (shapes.signed_distance(name, q)[0] - distance).abs() / (q - p).norm(dim=-1)
-    assert slope[outside].quantile(0.99) < 1.6  # ellipsoids' bound is not exactly a distance
+    assert slope[outside].quantile(0.99) < 3.0  # a thin ellipsoid's bound is steeper than 1
 
 
 @pytest.mark.parametrize("name", ["ball", "mug", "fish"])
