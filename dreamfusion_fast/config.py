@@ -20,6 +20,15 @@ class CameraConfig:
     focal: tuple[float, float] = (0.7, 1.35)  # image widths (paper)
 
 
+def toybox_camera() -> CameraConfig:
+    """The cameras of the embedded prior's pictures. Under the paper's ranges an object's size in
+    the picture varies threefold with no word of the prompt to tell it: a large model knows what
+    fills a picture, a small one answers with the mean of all sizes, which is fog."""
+    return CameraConfig(
+        distance=(1.35, 1.45), position_jitter=0.05, look_at_std=0.03, focal=(0.95, 1.05)
+    )
+
+
 @dataclass
 class FieldConfig:
     radius: float = 0.75  # bounding sphere, scene units; 1.4 (paper): here all cameras stay outside
@@ -55,6 +64,7 @@ class GuidanceConfig:
     name: str = "toybox"  # toybox | exemplar | a folder or hub name of a diffusers pipeline
     scale: float = 10.0  # omega of (1 + omega) eps_cond - omega eps_uncond; 100 (paper)
     t_range: tuple[float, float] = (0.02, 0.98)  # share of the schedule (paper)
+    t_high_end: float = 0.98  # upper end at the last step; falls linearly from t_range's
     weighting: str = "sigma2"  # w(t): sigma2 (paper) | uniform
 
 
@@ -117,6 +127,8 @@ def _known(kind, values: dict, name: str):
 def preset(guidance: str, **settings) -> RunConfig:
     """The defaults that suit a guidance, with `settings` of RunConfig on top."""
     config = RunConfig(guidance=GuidanceConfig(name=guidance), **settings)
+    if guidance == "toybox":
+        config.camera = toybox_camera()
     if guidance == "exemplar":  # exact scores: nothing to amplify
         config.guidance.scale = 0.0
         config.steps = settings.get("steps", 400)

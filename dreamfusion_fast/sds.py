@@ -20,6 +20,13 @@ def sample_timesteps(
     return torch.randint(low, max(high, low + 1), (n,), generator=generator).clamp(0, n_steps - 1)
 
 
+def t_range_at(config: GuidanceConfig, progress: float) -> tuple[float, float]:
+    """The range that t is drawn from at a share `progress` of the run, 0 to 1: shapes are decided
+    in much noise, details in little."""
+    low, high = config.t_range
+    return low, high + progress * (config.t_high_end - high)
+
+
 def perturb(z: Tensor, noise: Tensor, alpha2: Tensor) -> Tensor:
     """z_t = alpha_t z + sigma_t eps, alpha2 = alpha_t² (B,)."""
     a = alpha2[:, None, None, None]
@@ -50,13 +57,16 @@ def loss(
     uncond: Tensor | None,
     config: GuidanceConfig,
     generator: torch.Generator,
+    progress: float = 0.0,
 ) -> Tensor:
     """A scalar whose gradient with respect to `image` (B, 3, S, S) is the SDS gradient, averaged
-    over the B views. cond, uncond: embeddings of B prompts; uncond None: no guidance scale."""
+    over the B views. cond, uncond: embeddings of B prompts; uncond None: no guidance scale.
+    progress: share of the run that is done."""
     z = guidance.encode(image)
     with torch.no_grad():
         n = len(image)
-        t = sample_timesteps(n, len(guidance.alphas_cumprod), config.t_range, generator)
+        t_range = t_range_at(config, progress)
+        t = sample_timesteps(n, len(guidance.alphas_cumprod), t_range, generator)
         noise = torch.randn(z.shape, generator=generator).to(z)
         t = t.to(z.device)
         alpha2 = guidance.alphas_cumprod[t]

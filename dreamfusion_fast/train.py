@@ -116,7 +116,9 @@ class Trainer:
         uncond = None
         if self.unconditional is not None:
             uncond = self.unconditional.expand_as(cond)
-        sds_loss = sds.loss(self.guidance, rendering.image, cond, uncond, c.guidance, generator)
+        sds_loss = sds.loss(
+            self.guidance, rendering.image, cond, uncond, c.guidance, generator, self.step / c.steps
+        )
         opacity_loss = opacity_penalty(rendering.opacity)
         loss = sds_loss + c.loss.opacity * opacity_loss
 

@@ -56,6 +56,12 @@ def test_timesteps_keep_to_the_papers_range(rng):
     assert abs(t.float().mean() - 499.5) < 10
 
 
+def test_the_upper_end_of_t_falls_linearly():
+    config = GuidanceConfig(t_range=(0.1, 0.9), t_high_end=0.5)
+    ranges = [sds.t_range_at(config, p) for p in (0.0, 0.5, 1.0)]
+    assert ranges == [(0.1, 0.9), (0.1, pytest.approx(0.7)), (0.1, pytest.approx(0.5))]
+
+
 def test_timesteps_of_an_empty_range(rng):
     assert sds.sample_timesteps(3, 1000, (0.5, 0.5), rng).tolist() == [500] * 3
     assert sds.sample_timesteps(3, 1000, (1.0, 1.0), rng).tolist() == [999] * 3

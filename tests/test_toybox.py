@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from dreamfusion_fast import camera, guidance
+from dreamfusion_fast.config import toybox_camera
 from dreamfusion_fast.toybox import PRIOR, exemplar, pictures, renderer, shapes, world
 from dreamfusion_fast.toybox.train_prior import build_tokenizer
 
@@ -51,7 +52,7 @@ def test_one_pair_in_six_is_held_out():
 
 
 def test_training_never_draws_a_held_out_pair(rng):
-    source = pictures.Pictures(4, 0, objects=["ball", "cube"])
+    source = pictures.Pictures(4, 0, toybox_camera(), objects=["ball", "cube"])
     for held_out in (False, True):
         images, prompts = source.draw(60, rng, held_out=held_out, clay=0.0)
         assert images.shape == (60, 3, 64, 64) and 0 <= images.min() and images.max() <= 1
@@ -61,7 +62,7 @@ def test_training_never_draws_a_held_out_pair(rng):
 
 def test_tokenizer_knows_every_word_the_captions_use(rng):
     tokenizer = build_tokenizer()
-    source = pictures.Pictures(4, 0, objects=["ball", "duck"])
+    source = pictures.Pictures(4, 0, toybox_camera(), objects=["ball", "duck"])
     _, prompts = source.draw(200, rng)
     tokens = tokenizer(prompts).input_ids
     assert not any(tokenizer.unk_token_id in row for row in tokens)
@@ -134,7 +135,7 @@ def test_prior_denoises_what_it_was_trained_on_and_listens_to_the_text(prior):
     """On fresh pictures, the noise predicted under the right caption is nearer to the truth than
     zero by far, and than under a caption of another object and colour."""
     generator = torch.Generator().manual_seed(1)
-    source = pictures.Pictures(8, 12345, objects=["car", "duck", "tree"])
+    source = pictures.Pictures(8, 12345, toybox_camera(), objects=["car", "duck", "tree"])
     images, prompts = source.draw(24, generator, clay=0.0)
     z = prior.encode(images)
     t = torch.full((24,), 600)

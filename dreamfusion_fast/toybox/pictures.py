@@ -25,19 +25,22 @@ def pinhole_rays(cameras: camera.Cameras, size: int) -> tuple[Tensor, Tensor]:
     return reference.generate_rays(cameras.c2w, cameras.focal * size, size, size)
 
 
-def traced_views(name: str, n: int, seed: int, cache: Path | None = None) -> dict[str, Tensor]:
-    """n views of one object from the paper's cameras, as tensors keyed part, normal, depth, c2w,
-    focal, view. With `cache`, a file there is read, or written for the next time."""
-    path = cache / f"{name}-{n}-{seed}.npz" if cache else None
+def traced_views(
+    name: str, n: int, seed: int, cameras: CameraConfig, cache: Path | None = None
+) -> dict[str, Tensor]:
+    """n views of one object, as tensors keyed part, normal, depth, c2w, focal, view. With `cache`,
+    a file there is read, or written for the next time."""
+    key = zlib.crc32(repr(cameras).encode())
+    path = cache / f"{name}-{n}-{seed}-{key:08x}.npz" if cache else None
     if path and path.exists():
         with np.load(path) as stored:
             return {k: torch.from_numpy(stored[k]) for k in stored.files}
     generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
-    cameras = camera.sample(n, CameraConfig(), generator)
-    rays_o, rays_d = pinhole_rays(cameras, 2 * SIZE)
+    drawn = camera.sample(n, cameras, generator)
+    rays_o, rays_d = pinhole_rays(drawn, 2 * SIZE)
     chunks = [renderer.trace(name, o, d) for o, d in zip(rays_o.split(16), rays_d.split(16))]
     views = {k: torch.cat([getattr(c, k) for c in chunks]) for k in ("part", "normal", "depth")}
-    views |= {"c2w": cameras.c2w, "focal": cameras.focal, "view": cameras.view_index()}
+    views |= {"c2w": drawn.c2w, "focal": drawn.focal, "view": drawn.view_index()}
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".tmp.npz")
@@ -47,17 +50,19 @@ def traced_views(name: str, n: int, seed: int, cache: Path | None = None) -> dic
 
 
 class Pictures:
-    """An endless source of (images, prompts) drawn from `views_per_object` traced views."""
+    """An endless source of (images, prompts) drawn from `views_per_object` views, traced from
+    random `cameras`."""
 
     def __init__(
         self,
         views_per_object: int,
         seed: int,
+        cameras: CameraConfig,
         cache: Path | None = None,
         objects: list[str] | None = None,
     ):
         self.objects = objects or list(OBJECTS)
-        views = [traced_views(o, views_per_object, seed, cache) for o in self.objects]
+        views = [traced_views(o, views_per_object, seed, cameras, cache) for o in self.objects]
         self.per_object = views_per_object
         self.views = {k: torch.cat([v[k] for v in views]) for k in views[0]}
         self.colours = list(world.COLOURS)

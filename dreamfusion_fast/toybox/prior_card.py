@@ -16,6 +16,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from .. import export, sds
+from ..config import toybox_camera
 from ..guidance import DiffusersGuidance
 from . import PRIOR, load_prior, world
 from .pictures import Pictures
@@ -86,7 +87,7 @@ def main(run: Path) -> None:
     """Ship the prior that lies in RUN."""
     shutil.rmtree(PRIOR, ignore_errors=True)
     shutil.copytree(run / "pipeline", PRIOR)
-    guide, pictures = load_prior(), Pictures(10, FRESH_SEED)
+    guide, pictures = load_prior(), Pictures(10, FRESH_SEED, toybox_camera())
     errors = {"trained": denoising_error(guide, pictures, held_out=False),
               "held out": denoising_error(guide, pictures, held_out=True)}  # fmt: skip
     prompts = [world.with_view(text, view) for text in SAMPLED for view in world.VIEWS]

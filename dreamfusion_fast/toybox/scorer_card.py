@@ -12,6 +12,7 @@ import typer
 from torch import Tensor
 
 from .. import camera
+from ..config import CameraConfig
 from . import renderer, world
 from .pictures import SIZE, Pictures, pinhole_rays
 from .scorer import Scorer
@@ -86,7 +87,7 @@ def measure(scorer: Scorer, n_views: int) -> tuple[dict[str, list[float]], dict[
     """Accuracies (all, seen, held out) by kind of picture; and by object on orbit views."""
     generator = torch.Generator().manual_seed(FRESH)
     orbit, orbit_pair = orbit_pictures(n_views, FRESH)
-    source = Source(Pictures(6 * n_views, FRESH))
+    source = Source(Pictures(6 * n_views, FRESH, CameraConfig()))
     drawn = [source.draw(64, generator) for _ in range(len(orbit) // 64)]
     clean, pair = (torch.cat(x) for x in zip(*drawn))
     clean = clean.clamp(0, 1)

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
+from ..config import toybox_camera
 from ..guidance import load_pipeline
 from . import world
 from .pictures import SIZE, Pictures
@@ -179,7 +180,7 @@ class Trainer:
 
     def run(self) -> None:
         c = self.config
-        pictures = Pictures(c.views_per_object, c.seed, self.folder / "views")
+        pictures = Pictures(c.views_per_object, c.seed, toybox_camera(), self.folder / "views")
         generator = torch.Generator().manual_seed(c.seed + 1 + self.step)
         torch.manual_seed(c.seed + 2 + self.step)
         last, saved = time.perf_counter(), time.perf_counter()

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from .. import camera
+from ..config import CameraConfig
 from . import world
 from .pictures import SIZE, Pictures
 from .train_prior import build_tokenizer
@@ -253,7 +254,7 @@ class Trainer:
     def run(self, cache: Path) -> None:
         """Train on. cache: folder of the traced views, see `traced_views`."""
         c = self.config
-        source = Source(Pictures(c.views_per_object, c.seed, cache))
+        source = Source(Pictures(c.views_per_object, c.seed, CameraConfig(), cache))
         generator = torch.Generator().manual_seed(c.seed + 1 + self.step)
         bank = Bank(source, c.bank, generator)
         last = saved = time.perf_counter()
