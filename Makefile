@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PROMPT ?= a red car
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test check clean
+.PHONY: demo test check gpu-check clean
 
 demo: $(VENV)/.installed  ## text to 3D with the embedded prior: make demo PROMPT="a blue duck"
 	$(BIN)/dreamfusion-fast doctor
@@ -18,6 +18,9 @@ test: check  ## lint, then every test
 check: $(VENV)/.installed  ## lint only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+gpu-check:  ## where there is a GPU: build, test, measure; no .venv: make gpu-check ARGS="--out DIR"
+	$(PYTHON) bench/gpu_check.py $(ARGS)
 
 # torch first and pinned: a looser range may fetch another build of several gigabytes.
 $(VENV)/.installed: $(SOURCES)

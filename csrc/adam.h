@@ -6,6 +6,8 @@
 
 namespace df {
 
+constexpr int ADAM_FACTORS = 8;  // numbers in AdamFactors
+
 template <class T> struct AdamArgs {
   T* param;          // (n,) parameters
   const T* grad;     // (n,) gradients, grad_scale times too large
@@ -13,6 +15,9 @@ template <class T> struct AdamArgs {
   T* exp_avg_sq;     // (n,) running mean of its square
   void* step;        // (1,) int32 or int64, number of updates made
   int32_t* skipped;  // (1,) number of updates skipped
+  void* param_half;  // (n,) float16 copy of the new parameters, or null; CUDA only
+  int32_t* found;    // (1,) scratch on CUDA: is any gradient not finite
+  T* factors;        // (ADAM_FACTORS,) scratch on CUDA: AdamFactors of this update
   bool step_is_int64;
   int64_t n;
   double lr, beta1, beta2, eps, grad_scale;

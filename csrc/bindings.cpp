@@ -16,6 +16,9 @@
 #include "occupancy.h"
 #include "rays.h"
 #include "spherical_harmonics.h"
+#ifdef DF_EMULATED
+#include "emulation/emulation.h"
+#endif
 
 namespace py = pybind11;
 
@@ -55,16 +58,26 @@ bool v3_supported() {
 bool use_v3 = v3_supported();
 #endif
 
-// Calls f(T()) with the scalar type: float or double.
-template <class F> void on_scalar(bool is_double, const F& f) {
-  if (is_double) f(double());
-  else f(float());
+template <class T> struct Type { using type = T; };
+
+// Calls f(Type<T>()) with the scalar type: 0 float, 1 double (ops/_backend.py: scalar).
+template <class F> void on_scalar(int scalar, const F& f) {
+  if (scalar == 0) f(Type<float>());
+  else if (scalar == 1) f(Type<double>());
+  else throw py::value_error("this kernel has no half precision");
+}
+// For kernels that have half precision too: 2, on CUDA.
+template <class F> void on_scalar_or_half(int scalar, const F& f) {
+#ifdef DF_IS_CUDA
+  if (scalar == 2) return f(Type<half>());
+#endif
+  on_scalar(scalar, f);
 }
 
 }  // namespace
 
 // LAUNCH(name, Args, fields...) calls df::<instruction set>::name(Args<T>{fields...}, stream), with
-// the enclosing function's is_double and stream. Fields in the struct's order; {} if unused.
+// the enclosing function's scalar and stream. Fields in the struct's order; {} if unused.
 #if defined(DF_IS_CUDA)
 #define DF_CALL(name, args) df::cuda::name(args, stream)
 #elif defined(DF_HAS_V3)
@@ -72,10 +85,12 @@ template <class F> void on_scalar(bool is_double, const F& f) {
 #else
 #define DF_CALL(name, args) df::base::name(args, stream)
 #endif
-#define LAUNCH(name, Args, ...)                        \
-  on_scalar(is_double, [&](auto zero) {                \
-    const df::Args<decltype(zero)> args{__VA_ARGS__};  \
-    DF_CALL(name, args);                               \
+#define LAUNCH(name, Args, ...) LAUNCH_ON(on_scalar, name, Args, __VA_ARGS__)
+#define LAUNCH_OR_HALF(name, Args, ...) LAUNCH_ON(on_scalar_or_half, name, Args, __VA_ARGS__)
+#define LAUNCH_ON(dispatch, name, Args, ...)                             \
+  dispatch(scalar, [&](auto type) {                                      \
+    const df::Args<typename decltype(type)::type> args{__VA_ARGS__};     \
+    DF_CALL(name, args);                                                 \
   })
 
 using GilReleased = py::call_guard<py::gil_scoped_release>;
@@ -85,34 +100,37 @@ using GilReleased = py::call_guard<py::gil_scoped_release>;
 // ---- adam ---------------------------------------------------------------------------------------
 static void bind_adam(py::module_& m) {
   m.def("adam_step",
-        [](bool is_double, Address param, Address grad, Address exp_avg, Address exp_avg_sq,
-           Address step, Address skipped, bool step_is_int64, int64_t n, double lr, double beta1,
-           double beta2, double eps, double grad_scale, Address stream) {
-          LAUNCH(adam_step, AdamArgs, param, grad, exp_avg, exp_avg_sq, step, skipped,
-                 step_is_int64, n, lr, beta1, beta2, eps, grad_scale);
+        [](int scalar, Address param, Address grad, Address exp_avg, Address exp_avg_sq,
+           Address step, Address skipped, Address param_half, Address found, Address factors,
+           bool step_is_int64, int64_t n, double lr, double beta1, double beta2, double eps,
+           double grad_scale, Address stream) {
+          LAUNCH(adam_step, AdamArgs, param, grad, exp_avg, exp_avg_sq, step, skipped, param_half,
+                 found, factors, step_is_int64, n, lr, beta1, beta2, eps, grad_scale);
         },
-        GilReleased(), py::arg("is_double"), py::arg("param"), py::arg("grad"), py::arg("exp_avg"),
-        py::arg("exp_avg_sq"), py::arg("step"), py::arg("skipped"), py::arg("step_is_int64"),
-        py::arg("n"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-        py::arg("grad_scale"), py::arg("stream"));
+        GilReleased(), py::arg("scalar"), py::arg("param"), py::arg("grad"), py::arg("exp_avg"),
+        py::arg("exp_avg_sq"), py::arg("step"), py::arg("skipped"), py::arg("param_half"),
+        py::arg("found"), py::arg("factors"), py::arg("step_is_int64"), py::arg("n"),
+        py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("grad_scale"),
+        py::arg("stream"));
+  m.attr("ADAM_FACTORS") = df::ADAM_FACTORS;
 }
 
 // ---- composite ----------------------------------------------------------------------------------
 static void bind_composite(py::module_& m) {
   m.def("composite_forward",
-        [](bool is_double, Address sigma, Address rgb, Address t, Address dt, Address packed,
+        [](int scalar, Address sigma, Address rgb, Address t, Address dt, Address packed,
            Address colour, Address opacity, Address depth, Address weights, int64_t n_rays,
            int64_t n_samples, int channels, double early_stop, Address stream) {
           LAUNCH(composite_forward, CompositeArgs, sigma, rgb, t, dt, packed, {}, {}, {},
                  {}, colour, opacity, depth, weights, {}, {}, {}, {}, n_rays, n_samples, channels,
                  early_stop);
         },
-        GilReleased(), py::arg("is_double"), py::arg("sigma"), py::arg("rgb"), py::arg("t"),
+        GilReleased(), py::arg("scalar"), py::arg("sigma"), py::arg("rgb"), py::arg("t"),
         py::arg("dt"), py::arg("packed"), py::arg("colour"), py::arg("opacity"), py::arg("depth"),
         py::arg("weights"), py::arg("n_rays"), py::arg("n_samples"), py::arg("channels"),
         py::arg("early_stop"), py::arg("stream"));
   m.def("composite_backward",
-        [](bool is_double, Address sigma, Address rgb, Address t, Address dt, Address packed,
+        [](int scalar, Address sigma, Address rgb, Address t, Address dt, Address packed,
            Address grad_colour, Address grad_opacity, Address grad_depth, Address grad_weights,
            Address weights, Address grad_sigma, Address grad_rgb, Address grad_t, Address grad_dt,
            int64_t n_rays, int64_t n_samples, int channels, double early_stop, Address stream) {
@@ -120,7 +138,7 @@ static void bind_composite(py::module_& m) {
                  grad_opacity, grad_depth, grad_weights, {}, {}, {}, weights, grad_sigma, grad_rgb,
                  grad_t, grad_dt, n_rays, n_samples, channels, early_stop);
         },
-        GilReleased(), py::arg("is_double"), py::arg("sigma"), py::arg("rgb"), py::arg("t"),
+        GilReleased(), py::arg("scalar"), py::arg("sigma"), py::arg("rgb"), py::arg("t"),
         py::arg("dt"), py::arg("packed"), py::arg("grad_colour"), py::arg("grad_opacity"),
         py::arg("grad_depth"), py::arg("grad_weights"), py::arg("weights"), py::arg("grad_sigma"),
         py::arg("grad_rgb"), py::arg("grad_t"), py::arg("grad_dt"), py::arg("n_rays"),
@@ -130,22 +148,22 @@ static void bind_composite(py::module_& m) {
 // ---- frequency_encode ---------------------------------------------------------------------------
 static void bind_frequency_encode(py::module_& m) {
   m.def("frequency_encode_forward",
-        [](bool is_double, Address x, Address variance, Address out, Address count, int64_t n,
+        [](int scalar, Address x, Address variance, Address out, Address count, int64_t n,
            int dims, int n_frequencies, Address stream) {
           LAUNCH(frequency_encode_forward, FrequencyEncodeArgs, x, variance, {}, out, {}, {}, count,
                  n, dims, n_frequencies);
         },
-        GilReleased(), py::arg("is_double"), py::arg("x"), py::arg("variance"), py::arg("out"),
+        GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("variance"), py::arg("out"),
         py::arg("count"), py::arg("n"), py::arg("dims"), py::arg("n_frequencies"),
         py::arg("stream"));
   m.def("frequency_encode_backward",
-        [](bool is_double, Address x, Address variance, Address grad_out, Address grad_x,
+        [](int scalar, Address x, Address variance, Address grad_out, Address grad_x,
            Address grad_variance, Address count, int64_t n, int dims, int n_frequencies,
            Address stream) {
           LAUNCH(frequency_encode_backward, FrequencyEncodeArgs, x, variance, grad_out, {}, grad_x,
                  grad_variance, count, n, dims, n_frequencies);
         },
-        GilReleased(), py::arg("is_double"), py::arg("x"), py::arg("variance"),
+        GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("variance"),
         py::arg("grad_out"), py::arg("grad_x"), py::arg("grad_variance"), py::arg("count"),
         py::arg("n"), py::arg("dims"), py::arg("n_frequencies"), py::arg("stream"));
 }
@@ -163,24 +181,25 @@ static df::HashLevels hash_levels(const std::vector<int32_t>& resolutions,
 
 static void bind_hash_encode(py::module_& m) {
   m.def("hash_encode_forward",
-        [](bool is_double, Address x, Address table, Address out, Address count, int64_t n,
+        [](int scalar, Address x, Address table, Address out, Address count, int64_t n,
            int n_levels, int n_features, bool smoothstep, const std::vector<int32_t>& resolutions,
            const std::vector<int64_t>& offsets, Address stream) {
-          LAUNCH(hash_encode_forward, HashEncodeArgs, x, table, {}, out, {}, {}, count, n,
-                 n_levels, n_features, smoothstep, hash_levels(resolutions, offsets));
+          LAUNCH_OR_HALF(hash_encode_forward, HashEncodeArgs, x, table, {}, out, {}, {}, count, n,
+                         n_levels, n_features, smoothstep, hash_levels(resolutions, offsets));
         },
-        GilReleased(), py::arg("is_double"), py::arg("x"), py::arg("table"), py::arg("out"),
+        GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("table"), py::arg("out"),
         py::arg("count"), py::arg("n"), py::arg("n_levels"), py::arg("n_features"),
         py::arg("smoothstep"), py::arg("resolutions"), py::arg("offsets"), py::arg("stream"));
   m.def("hash_encode_backward",
-        [](bool is_double, Address x, Address table, Address grad_out, Address grad_x,
+        [](int scalar, Address x, Address table, Address grad_out, Address grad_x,
            Address grad_table, Address count, int64_t n, int n_levels, int n_features,
            bool smoothstep, const std::vector<int32_t>& resolutions,
            const std::vector<int64_t>& offsets, Address stream) {
-          LAUNCH(hash_encode_backward, HashEncodeArgs, x, table, grad_out, {}, grad_x, grad_table,
-                 count, n, n_levels, n_features, smoothstep, hash_levels(resolutions, offsets));
+          LAUNCH_OR_HALF(hash_encode_backward, HashEncodeArgs, x, table, grad_out, {}, grad_x,
+                         grad_table, count, n, n_levels, n_features, smoothstep,
+                         hash_levels(resolutions, offsets));
         },
-        GilReleased(), py::arg("is_double"), py::arg("x"), py::arg("table"), py::arg("grad_out"),
+        GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("table"), py::arg("grad_out"),
         py::arg("grad_x"), py::arg("grad_table"), py::arg("count"), py::arg("n"),
         py::arg("n_levels"), py::arg("n_features"), py::arg("smoothstep"),
         py::arg("resolutions"), py::arg("offsets"), py::arg("stream"));
@@ -189,19 +208,21 @@ static void bind_hash_encode(py::module_& m) {
 // ---- march --------------------------------------------------------------------------------------
 static void bind_march(py::module_& m) {
   m.def("march",
-        [](bool is_double, Address rays_o, Address rays_d, Address near, Address far,
+        [](int scalar, Address rays_o, Address rays_d, Address near, Address far,
            Address bitfield, Address seed, Address positions, Address t, Address dt,
-           Address packed, Address count, Address first, Address blocks, int64_t n,
-           int64_t capacity, int resolution, double bound, double step, bool jitter,
+           Address packed, Address count, Address first, Address blocks, Address counter,
+           int64_t n, int64_t capacity, int resolution, double bound, double step, bool jitter,
            Address stream) {
           LAUNCH(march, MarchArgs, rays_o, rays_d, near, far, bitfield, seed, positions, t, dt,
-                 packed, count, first, blocks, n, capacity, resolution, bound, step, jitter);
+                 packed, count, first, blocks, counter, n, capacity, resolution, bound, step,
+                 jitter);
         },
-        GilReleased(), py::arg("is_double"), py::arg("rays_o"), py::arg("rays_d"), py::arg("near"),
+        GilReleased(), py::arg("scalar"), py::arg("rays_o"), py::arg("rays_d"), py::arg("near"),
         py::arg("far"), py::arg("bitfield"), py::arg("seed"), py::arg("positions"), py::arg("t"),
         py::arg("dt"), py::arg("packed"), py::arg("count"), py::arg("first"),
-        py::arg("blocks"), py::arg("n"), py::arg("capacity"), py::arg("resolution"),
-        py::arg("bound"), py::arg("step"), py::arg("jitter"), py::arg("stream"));
+        py::arg("blocks"), py::arg("counter"), py::arg("n"), py::arg("capacity"),
+        py::arg("resolution"), py::arg("bound"), py::arg("step"), py::arg("jitter"),
+        py::arg("stream"));
 }
 
 // ---- mlp ----------------------------------------------------------------------------------------
@@ -215,31 +236,42 @@ static df::MlpShape mlp_shape(const std::vector<int>& widths, bool bias, bool si
 
 static void bind_mlp(py::module_& m) {
   m.def("mlp_workspace",
-        [](bool is_double, int64_t n, const std::vector<int>& widths, bool bias, bool silu,
+        [](int scalar, int64_t n, const std::vector<int>& widths, bool bias, bool silu,
            bool params) {
-          const int64_t rows = is_double ? df::MlpBlock<double>::rows : df::MlpBlock<float>::rows;
-          return df::mlp_chunks(n) *
-                 df::mlp_chunk_workspace(mlp_shape(widths, bias, silu), rows, params);
+          int64_t size = 0;
+          on_scalar_or_half(scalar, [&](auto type) {
+            size = df::mlp_workspace<typename decltype(type)::type>(mlp_shape(widths, bias, silu),
+                                                                    n, params);
+          });
+          return size;
         },
-        py::arg("is_double"), py::arg("n"), py::arg("widths"), py::arg("bias"), py::arg("silu"),
+        py::arg("scalar"), py::arg("n"), py::arg("widths"), py::arg("bias"), py::arg("silu"),
         py::arg("params"), "Numbers in mlp_backward's workspace.");
-  m.def("mlp_forward",
-        [](bool is_double, Address x, Address params, Address out, Address count, int64_t n,
-           const std::vector<int>& widths, bool bias, bool silu, Address stream) {
-          LAUNCH(mlp_forward, MlpArgs, x, params, {}, out, {}, {}, {}, count, n,
-                 mlp_shape(widths, bias, silu));
+#ifdef DF_IS_CUDA
+  m.def("mlp_half_fits",
+        [](const std::vector<int>& widths, bool bias, bool silu) {
+          return df::mlp_half_fits(mlp_shape(widths, bias, silu));
         },
-        GilReleased(), py::arg("is_double"), py::arg("x"), py::arg("params"), py::arg("out"),
+        py::arg("widths"), py::arg("bias"), py::arg("silu"),
+        "Whether the half kernels take a network of this shape.");
+#endif
+  m.def("mlp_forward",
+        [](int scalar, Address x, Address params, Address out, Address count, int64_t n,
+           const std::vector<int>& widths, bool bias, bool silu, Address stream) {
+          LAUNCH_OR_HALF(mlp_forward, MlpArgs, x, params, {}, out, {}, {}, {}, count, n,
+                         mlp_shape(widths, bias, silu));
+        },
+        GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("params"), py::arg("out"),
         py::arg("count"), py::arg("n"), py::arg("widths"), py::arg("bias"), py::arg("silu"),
         py::arg("stream"));
   m.def("mlp_backward",
-        [](bool is_double, Address x, Address params, Address grad_out, Address grad_x,
+        [](int scalar, Address x, Address params, Address grad_out, Address grad_x,
            Address grad_params, Address workspace, Address count, int64_t n,
            const std::vector<int>& widths, bool bias, bool silu, Address stream) {
-          LAUNCH(mlp_backward, MlpArgs, x, params, grad_out, {}, grad_x, grad_params, workspace,
-                 count, n, mlp_shape(widths, bias, silu));
+          LAUNCH_OR_HALF(mlp_backward, MlpArgs, x, params, grad_out, {}, grad_x, grad_params,
+                         workspace, count, n, mlp_shape(widths, bias, silu));
         },
-        GilReleased(), py::arg("is_double"), py::arg("x"), py::arg("params"), py::arg("grad_out"),
+        GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("params"), py::arg("grad_out"),
         py::arg("grad_x"), py::arg("grad_params"), py::arg("workspace"), py::arg("count"),
         py::arg("n"), py::arg("widths"), py::arg("bias"), py::arg("silu"), py::arg("stream"));
 }
@@ -247,19 +279,19 @@ static void bind_mlp(py::module_& m) {
 // ---- occupancy ----------------------------------------------------------------------------------
 static void bind_occupancy(py::module_& m) {
   m.def("occupancy_points",
-        [](bool is_double, Address seed, Address points, int resolution, double bound,
+        [](int scalar, Address seed, Address points, int resolution, double bound,
            Address stream) {
           LAUNCH(occupancy_points, OccupancyPointsArgs, seed, points, resolution, bound);
         },
-        GilReleased(), py::arg("is_double"), py::arg("seed"), py::arg("points"),
+        GilReleased(), py::arg("scalar"), py::arg("seed"), py::arg("points"),
         py::arg("resolution"), py::arg("bound"), py::arg("stream"));
   m.def("occupancy_update",
-        [](bool is_double, Address ema, Address bitfield, Address density, Address partial,
+        [](int scalar, Address ema, Address bitfield, Address density, Address partial,
            int64_t n, int64_t chunk, double decay, double threshold, Address stream) {
           LAUNCH(occupancy_update, OccupancyUpdateArgs, ema, bitfield, density, partial, n,
                  chunk, decay, threshold);
         },
-        GilReleased(), py::arg("is_double"), py::arg("ema"), py::arg("bitfield"),
+        GilReleased(), py::arg("scalar"), py::arg("ema"), py::arg("bitfield"),
         py::arg("density"), py::arg("partial"), py::arg("n"), py::arg("chunk"), py::arg("decay"),
         py::arg("threshold"), py::arg("stream"));
 }
@@ -267,59 +299,59 @@ static void bind_occupancy(py::module_& m) {
 // ---- rays ---------------------------------------------------------------------------------------
 static void bind_rays(py::module_& m) {
   m.def("generate_rays_forward",
-        [](bool is_double, Address c2w, Address focal, Address rays_o, Address rays_d, int64_t b,
+        [](int scalar, Address c2w, Address focal, Address rays_o, Address rays_d, int64_t b,
            int64_t height, int64_t width, Address stream) {
           LAUNCH(generate_rays_forward, GenerateRaysArgs, c2w, focal, {}, {}, rays_o,
                  rays_d, {}, {}, {}, b, height, width);
         },
-        GilReleased(), py::arg("is_double"), py::arg("c2w"), py::arg("focal"), py::arg("rays_o"),
+        GilReleased(), py::arg("scalar"), py::arg("c2w"), py::arg("focal"), py::arg("rays_o"),
         py::arg("rays_d"), py::arg("b"), py::arg("height"), py::arg("width"), py::arg("stream"));
   m.def("generate_rays_backward",
-        [](bool is_double, Address c2w, Address focal, Address grad_o, Address grad_d,
+        [](int scalar, Address c2w, Address focal, Address grad_o, Address grad_d,
            Address partial, Address grad_c2w, Address grad_focal, int64_t b, int64_t height,
            int64_t width, Address stream) {
           LAUNCH(generate_rays_backward, GenerateRaysArgs, c2w, focal, grad_o, grad_d, {},
                  {}, partial, grad_c2w, grad_focal, b, height, width);
         },
-        GilReleased(), py::arg("is_double"), py::arg("c2w"), py::arg("focal"), py::arg("grad_o"),
+        GilReleased(), py::arg("scalar"), py::arg("c2w"), py::arg("focal"), py::arg("grad_o"),
         py::arg("grad_d"), py::arg("partial"), py::arg("grad_c2w"), py::arg("grad_focal"),
         py::arg("b"), py::arg("height"), py::arg("width"), py::arg("stream"));
   m.def("ray_box_intersect_forward",
-        [](bool is_double, Address rays_o, Address rays_d, Address near, Address far, int64_t n,
+        [](int scalar, Address rays_o, Address rays_d, Address near, Address far, int64_t n,
            double bound, double min_distance, Address stream) {
           LAUNCH(ray_box_intersect_forward, RayIntersectArgs, rays_o, rays_d, {}, {}, near,
                  far, {}, {}, n, bound, min_distance);
         },
-        GilReleased(), py::arg("is_double"), py::arg("rays_o"), py::arg("rays_d"), py::arg("near"),
+        GilReleased(), py::arg("scalar"), py::arg("rays_o"), py::arg("rays_d"), py::arg("near"),
         py::arg("far"), py::arg("n"), py::arg("bound"), py::arg("min_distance"),
         py::arg("stream"));
   m.def("ray_box_intersect_backward",
-        [](bool is_double, Address rays_o, Address rays_d, Address grad_near, Address grad_far,
+        [](int scalar, Address rays_o, Address rays_d, Address grad_near, Address grad_far,
            Address grad_o, Address grad_d, int64_t n, double bound, double min_distance,
            Address stream) {
           LAUNCH(ray_box_intersect_backward, RayIntersectArgs, rays_o, rays_d, grad_near,
                  grad_far, {}, {}, grad_o, grad_d, n, bound, min_distance);
         },
-        GilReleased(), py::arg("is_double"), py::arg("rays_o"), py::arg("rays_d"),
+        GilReleased(), py::arg("scalar"), py::arg("rays_o"), py::arg("rays_d"),
         py::arg("grad_near"), py::arg("grad_far"), py::arg("grad_o"), py::arg("grad_d"),
         py::arg("n"), py::arg("bound"), py::arg("min_distance"), py::arg("stream"));
   m.def("ray_sphere_intersect_forward",
-        [](bool is_double, Address rays_o, Address rays_d, Address near, Address far, int64_t n,
+        [](int scalar, Address rays_o, Address rays_d, Address near, Address far, int64_t n,
            double radius, double min_distance, Address stream) {
           LAUNCH(ray_sphere_intersect_forward, RayIntersectArgs, rays_o, rays_d, {}, {},
                  near, far, {}, {}, n, radius, min_distance);
         },
-        GilReleased(), py::arg("is_double"), py::arg("rays_o"), py::arg("rays_d"), py::arg("near"),
+        GilReleased(), py::arg("scalar"), py::arg("rays_o"), py::arg("rays_d"), py::arg("near"),
         py::arg("far"), py::arg("n"), py::arg("radius"), py::arg("min_distance"),
         py::arg("stream"));
   m.def("ray_sphere_intersect_backward",
-        [](bool is_double, Address rays_o, Address rays_d, Address grad_near, Address grad_far,
+        [](int scalar, Address rays_o, Address rays_d, Address grad_near, Address grad_far,
            Address grad_o, Address grad_d, int64_t n, double radius, double min_distance,
            Address stream) {
           LAUNCH(ray_sphere_intersect_backward, RayIntersectArgs, rays_o, rays_d, grad_near,
                  grad_far, {}, {}, grad_o, grad_d, n, radius, min_distance);
         },
-        GilReleased(), py::arg("is_double"), py::arg("rays_o"), py::arg("rays_d"),
+        GilReleased(), py::arg("scalar"), py::arg("rays_o"), py::arg("rays_d"),
         py::arg("grad_near"), py::arg("grad_far"), py::arg("grad_o"), py::arg("grad_d"),
         py::arg("n"), py::arg("radius"), py::arg("min_distance"), py::arg("stream"));
 }
@@ -327,20 +359,20 @@ static void bind_rays(py::module_& m) {
 // ---- spherical_harmonics ------------------------------------------------------------------------
 static void bind_spherical_harmonics(py::module_& m) {
   m.def("spherical_harmonics_forward",
-        [](bool is_double, Address dirs, Address out, Address count, int64_t n, int degree,
+        [](int scalar, Address dirs, Address out, Address count, int64_t n, int degree,
            Address stream) {
           LAUNCH(spherical_harmonics_forward, SphericalHarmonicsArgs, dirs, {}, out, {}, count, n,
                  degree);
         },
-        GilReleased(), py::arg("is_double"), py::arg("dirs"), py::arg("out"), py::arg("count"),
+        GilReleased(), py::arg("scalar"), py::arg("dirs"), py::arg("out"), py::arg("count"),
         py::arg("n"), py::arg("degree"), py::arg("stream"));
   m.def("spherical_harmonics_backward",
-        [](bool is_double, Address dirs, Address grad_out, Address grad_dirs, Address count,
+        [](int scalar, Address dirs, Address grad_out, Address grad_dirs, Address count,
            int64_t n, int degree, Address stream) {
           LAUNCH(spherical_harmonics_backward, SphericalHarmonicsArgs, dirs, grad_out, {},
                  grad_dirs, count, n, degree);
         },
-        GilReleased(), py::arg("is_double"), py::arg("dirs"), py::arg("grad_out"),
+        GilReleased(), py::arg("scalar"), py::arg("dirs"), py::arg("grad_out"),
         py::arg("grad_dirs"), py::arg("count"), py::arg("n"), py::arg("degree"),
         py::arg("stream"));
 }
@@ -384,9 +416,30 @@ static void bind_cpu_settings(py::module_& m) {
 }
 #endif
 
+#ifdef DF_EMULATED
+static void bind_emulation(py::module_& m) {
+  m.def("use_order",
+        [](const std::string& name) {
+          using emulation::Order;
+          if (name != "forward" && name != "reverse" && name != "shuffled")
+            throw py::value_error("expected forward, reverse or shuffled, got " + name);
+          emulation::order = name == "forward"   ? Order::forward
+                             : name == "reverse" ? Order::reverse
+                                                 : Order::shuffled;
+        },
+        py::arg("name"), "Run CUDA threads and blocks in this order.");
+}
+#endif
+
 PYBIND11_MODULE(DF_MODULE, m) {
-#ifndef DF_IS_CUDA
+#ifdef DF_IS_CUDA
+  m.attr("has_half") = true;  // fp16 where a stem has it: on_scalar_or_half
+#else
+  m.attr("has_half") = false;
   bind_cpu_settings(m);
+#endif
+#ifdef DF_EMULATED
+  bind_emulation(m);
 #endif
   // One line a stem, alphabetical.
   bind_adam(m);

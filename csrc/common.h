@@ -18,6 +18,13 @@
 #error "DF_ISA names the instruction set this file is compiled for: base, v3 or cuda"
 #endif
 
+#if defined(DF_EMULATED)
+struct half;  // emulation/emulation.h
+#elif defined(DF_IS_CUDA)
+struct __half;  // cuda_fp16.h
+typedef __half half;
+#endif
+
 #if defined(__CUDACC__)
 #define DF_HD __host__ __device__ inline
 #else
@@ -35,8 +42,16 @@
 #define DF_INSTANTIATE(name, Args)                        \
   template void name<float>(const Args<float>&, Stream);  \
   template void name<double>(const Args<double>&, Stream);
+#define DF_INSTANTIATE_HALF(name, Args) template void name<half>(const Args<half>&, Stream);
 
 namespace df {
+
+// What sums of T, and coordinates beside it, are held in: T, or float for half.
+template <class T> struct WideOf { using type = T; };
+#if defined(DF_IS_CUDA)
+template <> struct WideOf<half> { using type = float; };
+#endif
+template <class T> using Wide = typename WideOf<T>::type;
 
 using Stream = void*;  // a cudaStream_t; the CPU launchers ignore it
 

@@ -19,7 +19,7 @@ template <class T> struct Block {
 constexpr float FAST_LIMIT = 0x1p24f;  // |angle| up to which sine_cosine is good to 2 ulp of 1
 
 // Sine and cosine without branches, for the compiler to vectorise: the nearest multiple of pi/2 is
-// taken off in double, polynomials (Cephes sinf, cosf) do the rest in float.
+// taken off in double, polynomials do the rest in float.
 inline void sine_cosine(float x, float& s, float& c) {
   constexpr double ROUND = 0x1.8p52;  // adding it leaves the nearest integer in the low bits
   const double shifted = double(x) * 0.63661977236758134308 + ROUND;
@@ -27,14 +27,7 @@ inline void sine_cosine(float x, float& s, float& c) {
   std::memcpy(&bits, &shifted, 8);
   const int32_t quadrant = int32_t(bits);
   const float r = float(double(x) - (shifted - ROUND) * 1.57079632679489661923);
-  const float r2 = r * r;
-  const float sine =
-      r + r * r2 * (-1.6666654611e-1f + r2 * (8.3321608736e-3f - r2 * 1.9515295891e-4f));
-  const float cosine = 1.0f - 0.5f * r2 +
-      r2 * r2 * (4.1666645683e-2f + r2 * (-1.3887316255e-3f + r2 * 2.4433157118e-5f));
-  const float a = quadrant & 1 ? cosine : sine, b = quadrant & 1 ? sine : cosine;
-  s = quadrant & 2 ? -a : a;
-  c = (quadrant + 1) & 2 ? -b : b;
+  quadrant_sine_cosine(r, quadrant, s, c);
 }
 
 void sines(Block<float>& k, int size) {

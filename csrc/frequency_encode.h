@@ -34,6 +34,33 @@ template <class T> DF_HD T frequency_grad_variance(T scale, T w, T s, T c, T gs,
   return T(-0.5) * scale * scale * (w * (gs * s + gc * c));
 }
 
+// Sine and cosine of r + quadrant pi / 2, |r| <= pi / 4, to 2 ulp of 1 (polynomials: Cephes sinf,
+// cosf). No branches.
+DF_HD void quadrant_sine_cosine(float r, int32_t quadrant, float& s, float& c) {
+  const float r2 = r * r;
+  const float sine =
+      r + r * r2 * (-1.6666654611e-1f + r2 * (8.3321608736e-3f - r2 * 1.9515295891e-4f));
+  const float cosine = 1.0f - 0.5f * r2 +
+      r2 * r2 * (4.1666645683e-2f + r2 * (-1.3887316255e-3f + r2 * 2.4433157118e-5f));
+  const float a = quadrant & 1 ? cosine : sine, b = quadrant & 1 ? sine : cosine;
+  s = quadrant & 2 ? -a : a;
+  c = (quadrant + 1) & 2 ? -b : b;
+}
+// The same in double (Cephes sin, cos).
+DF_HD void quadrant_sine_cosine(double r, int32_t quadrant, double& s, double& c) {
+  const double z = r * r;
+  double p = 1.58962301576546568060e-10, q = -1.13585365213876817300e-11;
+  p = p * z - 2.50507477628578072866e-8, q = q * z + 2.08757008419747316778e-9;
+  p = p * z + 2.75573136213857245213e-6, q = q * z - 2.75573141792967388112e-7;
+  p = p * z - 1.98412698295895385996e-4, q = q * z + 2.48015872888517045348e-5;
+  p = p * z + 8.33333333332211858878e-3, q = q * z - 1.38888888888730564116e-3;
+  p = p * z - 1.66666666666666307295e-1, q = q * z + 4.16666666666665929218e-2;
+  const double sine = r + r * z * p, cosine = 1 - 0.5 * z + z * z * q;
+  const double a = quadrant & 1 ? cosine : sine, b = quadrant & 1 ? sine : cosine;
+  s = quadrant & 2 ? -a : a;
+  c = (quadrant + 1) & 2 ? -b : b;
+}
+
 }  // inline namespace DF_ISA
 }  // namespace df
 

@@ -21,12 +21,12 @@ struct HashLevels {                      // ops/hash_encode.py: hash_table_rows
 };
 
 template <class T> struct HashEncodeArgs {
-  const T* x;            // (n, 3) points, clamped to [0, 1]
+  const Wide<T>* x;      // (n, 3) points, clamped to [0, 1]
   const T* table;        // (rows, n_features)
   const T* grad_out;     // (n, n_levels * n_features) gradient of out; backward only
   T* out;                // (n, n_levels * n_features) features, level by level
-  T* grad_x;             // (n, 3) gradient of x, or null: not wanted; backward only
-  T* grad_table;         // (rows, n_features) gradient of table, or null; backward only
+  Wide<T>* grad_x;       // (n, 3) gradient of x, or null: not wanted; backward only
+  Wide<T>* grad_table;   // (rows, n_features) gradient of table, or null; backward only
   const int32_t* count;  // (1,) number of valid rows, or null: all
   int64_t n;             // points
   int n_levels;          // 1..32

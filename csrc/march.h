@@ -5,8 +5,12 @@
 // the result is that of trying every bin: no bin is jumped over that rounding could put elsewhere.
 // Products whose rounding decides a sample's place are never fused into an FMA, so that every
 // instruction set, the GPU and the twin place the same samples.
+//
+// The CPU gives rays their rows in the order of rays. On the GPU the rows of a ray are consecutive
+// too, but rays come in any order, and so does the choice of those that do not fit the capacity.
 #pragma once
 
+#include <cfloat>
 #include <limits>
 
 #include "rays.h"
@@ -25,8 +29,9 @@ template <class T> struct MarchArgs {
   T* dt;                    // (capacity,) widths of the bins
   int32_t* packed;          // (n, 2) start and count of each ray's samples
   int32_t* count;           // (1,) samples demanded
-  int32_t* first;           // (n,) scratch: first bin of each ray that holds a sample
+  int32_t* first;           // (n,) scratch of the CPU: first bin of each ray that holds a sample
   uint8_t* blocks;          // (ceil(resolution / 8)^3,) scratch: 0 where all cells are empty
+  int64_t* counter;         // (2,) scratch on CUDA: rows asked for; end of the rows in use at most
   int64_t n, capacity;
   int resolution;
   double bound, step;
@@ -103,11 +108,12 @@ template <class T> struct Ray {
   T margin;  // more than the rounding error of a position within the cube
 };
 template <class T> DF_HD Ray<T> load_ray(const MarchArgs<T>& a, int64_t i) {
+  constexpr T epsilon = sizeof(T) == 4 ? T(FLT_EPSILON) : T(DBL_EPSILON);
   const vec3<T> o = load3(a.rays_o + 3 * i), d = load3(a.rays_d + 3 * i);
   const T reach = std::fabs(o.x) + std::fabs(o.y) + std::fabs(o.z) + T(a.bound) +
                   std::fabs(a.near[i]) * (std::fabs(d.x) + std::fabs(d.y) + std::fabs(d.z));
   return {o, d, {1 / d.x, 1 / d.y, 1 / d.z}, a.near[i], a.far[i], T(a.step), T(1 / a.step),
-          32 * std::numeric_limits<T>::epsilon() * reach};
+          32 * epsilon * reach};
 }
 // Number of bins; more than MAX_BINS, or NaN, if it makes no sense.
 template <class T> DF_HD T bin_count(T near, T far, T step) {

@@ -3,6 +3,7 @@
 // act is relu, max(z, 0), or silu, z / (1 + exp(-z)). All parameters lie in one array: W_0
 // (out, in) row by row, b_0 (out) if there are biases, W_1, and so on.
 // Backward computes the hidden values again, block of rows by block of rows.
+// Half (CUDA): sums, the gradient of params and the workspace are float (Wide).
 #pragma once
 
 #include "common.h"
@@ -24,8 +25,8 @@ template <class T> struct MlpArgs {
   const T* grad_out;     // (n, outputs) gradient of out; backward only, as the next three
   T* out;                // (n, outputs)
   T* grad_x;             // (n, inputs) gradient of x, or null: not wanted
-  T* grad_params;        // (mlp_parameters,) gradient of params, or null: not wanted
-  T* workspace;          // (mlp_workspace,) anything
+  Wide<T>* grad_params;  // (mlp_parameters,) gradient of params, or null: not wanted
+  Wide<T>* workspace;    // (mlp_workspace,) anything
   const int32_t* count;  // (1,) number of valid rows, or null: all
   int64_t n;             // rows
   MlpShape shape;
@@ -70,6 +71,69 @@ DF_HD int64_t mlp_block_columns(const MlpShape& s) {
 }
 DF_HD int64_t mlp_chunk_workspace(const MlpShape& s, int64_t rows, bool params) {
   return mlp_block_columns(s) * rows + (params ? (mlp_parameters(s) + 15) / 16 * 16 : 0);
+}
+
+#if defined(DF_IS_CUDA)
+// A thread block of the GPU's float and double kernels takes `rows` rows at a time. Feature c of
+// row r lies at c * stride + r: a padded stride, so that features and rows both spread over banks.
+template <class T> struct MlpTile {
+  static constexpr int rows = 128 / sizeof(T), stride = rows + 4;
+};
+// Backward's thread blocks: each has its own workspace and partial gradient, as the CPU's chunks.
+template <class T> DF_HD int64_t mlp_blocks(const MlpShape& s, int64_t n) {
+  const int64_t most = clamp<int64_t>((int64_t(1) << 24) / mlp_parameters(s), 64, 1024);
+  return min((n + MlpTile<T>::rows - 1) / MlpTile<T>::rows, most);
+}
+
+// ---- half: what lies in a block's shared memory, padded for tensor cores (mlp_tiles.h) ----
+constexpr int MLP_HALF_MAX_WIDTH = 128;
+constexpr int64_t MLP_HALF_SHARED = 99 * 1024;  // the least that sm_80 to sm_120 give a block
+
+// Hidden layers have one width, inputs and outputs multiples of 16. No more than 128 all.
+DF_HD int mlp_half_hidden(const MlpShape& s) {
+  int width = 16;
+  for (int l = 1; l < s.n_layers; ++l)
+    while (width < s.width[l]) width *= 2;
+  return width;
+}
+DF_HD int mlp_half_width(const MlpShape& s, int layer) {
+  return layer > 0 && layer < s.n_layers ? mlp_half_hidden(s) : (s.width[layer] + 15) / 16 * 16;
+}
+// From row to row: an odd multiple of 8 words.
+DF_HD int mlp_half_stride(int width) { return width + (width % 32 == 0 ? 16 : 0); }
+DF_HD int64_t mlp_half_weights(const MlpShape& s) {  // halves, of all layers
+  int64_t total = 0;
+  for (int l = 0; l < s.n_layers; ++l)
+    total += mlp_half_width(s, l + 1) * mlp_half_stride(mlp_half_width(s, l));
+  return total;
+}
+// Bytes of weights and (float) biases; and of backward's values of every layer.
+DF_HD int64_t mlp_half_parameter_bytes(const MlpShape& s) {
+  int64_t biases = 0;
+  for (int l = 0; l < s.n_layers && s.bias; ++l) biases += mlp_half_width(s, l + 1);
+  return 2 * mlp_half_weights(s) + 4 * biases;
+}
+DF_HD int64_t mlp_half_value_bytes(const MlpShape& s, int64_t rows) {
+  const int64_t hidden = mlp_half_stride(mlp_half_hidden(s)) * (s.silu ? 2 : 1);
+  return 2 * rows * (mlp_half_stride(mlp_half_width(s, 0)) + (s.n_layers - 1) * hidden +
+                     mlp_half_stride(mlp_half_width(s, s.n_layers)));
+}
+DF_HD bool mlp_half_fits(const MlpShape& s) {
+  for (int l = 0; l <= s.n_layers; ++l)
+    if (s.width[l] > MLP_HALF_MAX_WIDTH) return false;
+  return s.n_layers > 1 &&
+         mlp_half_parameter_bytes(s) + mlp_half_value_bytes(s, 16) <= MLP_HALF_SHARED;
+}
+#endif
+
+// Numbers of Wide<T> in mlp_backward's workspace.
+template <class T> DF_HD int64_t mlp_workspace(const MlpShape& s, int64_t n, bool params) {
+#if defined(DF_IS_CUDA)
+  if constexpr (std::is_same_v<T, half>) return 0;
+  else return mlp_blocks<T>(s, n) * mlp_chunk_workspace(s, MlpTile<T>::stride, params);
+#else
+  return mlp_chunks(n) * mlp_chunk_workspace(s, MlpBlock<T>::rows, params);
+#endif
 }
 
 }  // inline namespace DF_ISA

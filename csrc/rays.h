@@ -139,13 +139,18 @@ DF_HD void box_backward(vec3<T> o, vec3<T> d, T bound, T min_distance, T grad_ne
   const Interval<T> hit = box_interval(o, d, bound, near_axis, far_axis);
   const T ds[3] = {d.x, d.y, d.z};
   T go[3] = {}, gd[3] = {};
-  if (!is_miss(hit, min_distance)) {
-    go[far_axis] = -grad_far / ds[far_axis];
-    gd[far_axis] = hit.far * go[far_axis];
-    if (hit.near >= min_distance) {
-      const T g = -grad_near / ds[near_axis];
-      go[near_axis] += g;
-      gd[near_axis] += hit.near * g;
+  const bool far_counts = !is_miss(hit, min_distance);
+  const bool near_counts = far_counts && hit.near >= min_distance;
+#pragma unroll  // on the GPU, arrays indexed by a variable would lie in memory
+  for (int k = 0; k < 3; ++k) {
+    if (far_counts && k == far_axis) {
+      go[k] = -grad_far / ds[k];
+      gd[k] = hit.far * go[k];
+    }
+    if (near_counts && k == near_axis) {
+      const T g = -grad_near / ds[k];
+      go[k] += g;
+      gd[k] += hit.near * g;
     }
   }
   grad_o = load3(go);

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dreamfusion_fast import _cpu
+from dreamfusion_fast.ops import _backend
 
 # op -> ((rtol, atol) in float32, (rtol, atol) in float64), against the twin in the same dtype.
 # One line an op, alphabetical, with its reason.
@@ -22,8 +23,13 @@ TOLERANCE = {
     "generate_rays": ((1e-4, 1e-4), (1e-12, 1e-12)),
     # Weights agree to the bit; gradients sum terms of size N_l, up to 512, in another order.
     "hash_encode": ((1e-4, 3e-4), (1e-12, 1e-11)),
+    # float16 features of float32 sums: at most one step of float16 (2^-10) beside the rounded twin.
+    "hash_encode_half": ((1e-3, 1e-5), None),
     # Sums of up to 256 products of size 1 a layer, and of 3000 rows, in another order.
     "mlp": ((1e-4, 2e-4), (1e-11, 1e-11)),
+    # Hidden values and their gradients are rounded to 2^-11 of their size, about 1; summed over 203
+    # rows for the parameters'. In float16, against float64 at the rounded inputs.
+    "mlp_half": ((2e-3, 2e-2), None),
     # One rounding more or less (FMA).
     "occupancy_points": ((1e-6, 1e-6), (1e-14, 1e-14)),
     # Divided by a direction's component, which may be small.
@@ -44,7 +50,16 @@ def _cuda_missing() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
-DEVICES = [f"cpu-{isa}" for isa in _cpu.isas()] + ([] if _cuda_missing() else ["cuda"])
+try:
+    import _emulated  # the CUDA kernels run by the CPU under sanitizers: `make emulated`
+except ImportError:
+    _emulated = None
+
+ORDERS = ("forward", "reverse", "shuffled")  # of the emulation's threads and blocks
+if _emulated:
+    DEVICES = [f"emulated-{order}" for order in ORDERS]
+else:
+    DEVICES = [f"cpu-{isa}" for isa in _cpu.isas()] + ([] if _cuda_missing() else ["cuda"])
 
 
 def pytest_addoption(parser):
@@ -85,12 +100,16 @@ def rng(seed) -> torch.Generator:
 
 
 @pytest.fixture(params=DEVICES)
-def device(request):
-    """Every device and, on the CPU, every instruction set."""
-    kind, _, isa = request.param.partition("-")
+def device(request, monkeypatch):
+    """Every device; on the CPU, every instruction set. Emulated: CPU tensors, CUDA's kernels."""
+    kind, _, variant = request.param.partition("-")
     before = _cpu.isa()
-    if isa:
-        _cpu.use_isa(isa)
+    if kind == "emulated":
+        _emulated.use_order(variant)
+        monkeypatch.setattr(_backend, "_cpu", _emulated)
+        kind = "cpu"
+    elif variant:
+        _cpu.use_isa(variant)
     yield torch.device(kind)
     _cpu.use_isa(before)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import assert_close, check_threads
 
-from dreamfusion_fast.ops import Adam, adam_step, reference
+from dreamfusion_fast.ops import Adam, _backend, adam_step, reference
 
 SETTINGS = (0.05, 0.9, 0.99, 1e-8)  # lr, beta1, beta2, eps
 
@@ -49,6 +49,41 @@ def test_non_finite_gradient_skips_the_update(device, dtype, bad, where, rng):
     assert got[5].item() == 3
 
 
+@pytest.mark.parametrize("where", range(5))
+def test_any_start(device, where, rng):
+    """Views that begin where no vector may be read or written."""
+    tensors = state(rng, 1001, device=device)
+    views = [t.new_empty(1005)[i == where :][:1001].copy_(t) for i, t in enumerate(tensors[:4])]
+    want = check(tensors, *SETTINGS)
+    adam_step(*views, *tensors[4:], *SETTINGS)
+    assert all(torch.equal(a, b) for a, b in zip(views, want[:4], strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (1026,), (3, 337)])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_half_copy(device, dtype, shape, offset, rng):
+    """The copy is the rounded parameter; where there is no half, it is refused."""
+    tensors = state(rng, shape, dtype, device)
+    tensors[0] *= 40000  # some overflow
+    n = tensors[0].numel()
+    copy = torch.full((n + 9,), 7.0, dtype=torch.float16, device=device)
+    inner = copy[offset : offset + n].view(shape)
+    if not _backend.kernels(tensors[0]).has_half:
+        with pytest.raises(ValueError, match="`param_half`: expected None on cpu, got a tensor"):
+            adam_step(*tensors, *SETTINGS, param_half=inner)
+        return
+    want = check(tensors, *SETTINGS)
+    adam_step(*tensors, *SETTINGS, param_half=inner)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, want, strict=True))
+    assert torch.equal(inner, tensors[0].half())
+    assert (copy[:offset] == 7).all() and (copy[offset + n :] == 7).all()
+    if n:
+        tensors[1].view(-1)[-1] = math.nan
+        inner.zero_()
+        adam_step(*tensors, *SETTINGS, param_half=inner)
+        assert not inner.any()
+
+
 def test_thread_count_does_not_matter(rng):
     tensors = state(rng, 100000)
 
@@ -66,8 +101,14 @@ def test_registration(device, rng):
     torch.library.opcheck(op, (*tensors, *SETTINGS, 1.0))
     want, got = [t.clone() for t in tensors], [t.clone() for t in tensors]
     adam_step(*want, *SETTINGS)
-    torch.compile(adam_step, fullgraph=True, backend="aot_eager")(*got, *SETTINGS)
+    compiled = torch.compile(adam_step, fullgraph=True, backend="aot_eager")
+    compiled(*got, *SETTINGS)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    if _backend.kernels(got[0]).has_half:
+        copy = torch.zeros_like(got[0], dtype=torch.float16)
+        torch.library.opcheck(op, (*tensors, *SETTINGS, 1.0, copy))
+        compiled(*got, *SETTINGS, 1.0, copy)
+        assert torch.equal(copy, got[0].half())
 
 
 def test_autograd_sees_the_change(rng):
@@ -138,6 +179,19 @@ def test_optimizer_counts_skipped_tensors(device):
     assert torch.equal(param.detach(), torch.ones_like(param))
 
 
+def test_optimizer_keeps_half_copies(device, rng):
+    x = torch.randn(5, 3, generator=rng).to(device)
+    model = models(device)[0]
+    copied = model[0].weight
+    copy = torch.zeros_like(copied, dtype=torch.float16)
+    adam = Adam(model.parameters(), half_copies={copied: copy})
+    if _backend.kernels(copied).has_half:
+        train(model, adam, x, 2)
+        assert torch.equal(copy, copied.half())
+    with pytest.raises(ValueError, match="`half_copies`: expected parameters of this optimizer"):
+        Adam(model[1].parameters(), half_copies={copied: copy})
+
+
 @pytest.mark.parametrize(
     "index, value, error, message",
     [
@@ -150,10 +204,12 @@ def test_optimizer_counts_skipped_tensors(device):
         (6, -1.0, ValueError, "`lr`: expected 0 to inf, got -1.0"),
         (7, 1.0, ValueError, "`beta1`: expected 0 to"),
         (10, 0.0, ValueError, "`grad_scale`: expected more than 0, got 0.0"),
+        (11, torch.zeros(3), TypeError, r"`param_half`: expected float16 .*, got float32 \(3,\)"),
+        (11, torch.zeros(4).half(), ValueError, r"`param_half`: .*, got float16 \(4,\)"),
     ],
 )
 def test_bad_input(index, value, error, message, rng):
-    arguments = [*state(rng, 3), *SETTINGS, 1.0]
+    arguments = [*state(rng, 3), *SETTINGS, 1.0, None]
     arguments[index] = value
     with pytest.raises(error, match=message):
         adam_step(*arguments)

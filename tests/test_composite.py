@@ -47,6 +47,28 @@ def test_early_stop(device, dtype, early_stop, rng):
         assert not weights[rows][(-in_front).exp() < 0.99 * early_stop].any()
 
 
+@pytest.mark.parametrize("last", [0, 30, 31, 32, 63, 64, 95])
+def test_early_stop_around_a_chunk(device, dtype, last):
+    """What stops the ray is the sample in front: `last` is the last one that is lit."""
+    sigma = torch.zeros(97, device=device, dtype=dtype)
+    sigma[last:] = 2
+    one = torch.ones_like(sigma)
+    rgb = torch.linspace(0.1, 1, 97, device=device, dtype=dtype)[:, None].contiguous()
+    packed = torch.tensor([[0, 97]], dtype=torch.int32, device=device)
+    sigma.requires_grad_()
+    weights = composite(sigma, rgb, one, one, packed, 0.2)[3]
+    assert weights.nonzero().flatten().tolist() == [last]
+    check_op(*OP, sigma, rgb, one, one, packed, 0.2)
+
+
+@pytest.mark.parametrize("gap", [0, 3])
+def test_rays_in_any_order(device, dtype, gap, rng):
+    """As the GPU's march leaves them: their rows follow no order of the rays."""
+    *inputs, packed = samples(rng, ragged(rng, 41), 3, dtype, device, gap)
+    order = torch.randperm(len(packed), generator=rng).to(device)
+    check_op(*OP, *inputs, packed[order], 1e-3)
+
+
 @pytest.mark.parametrize("output", [0, 1, 2, 3])
 def test_gradient_of_one_output(device, output, rng):
     inputs = samples(rng, [5, 0, 3], device=device)

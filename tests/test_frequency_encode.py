@@ -39,6 +39,21 @@ def test_large_and_special_values(device, dtype, rng):
     check_op(*OP, x.T.contiguous(), 1)
 
 
+def test_accuracy_for_angles_of_any_size(device, dtype, rng):
+    """Up to the dtype's largest, against Python's sine and cosine."""
+    exponent = torch.empty(4000, dtype=torch.float64).uniform_(-30, 1, generator=rng)
+    exponent[::2] *= (-127 if dtype == torch.float32 else -1023) / 30
+    x = torch.exp2(exponent) * torch.tensor([1.0, -1.0, -1.0, 1.0]).repeat(1000)
+    near = torch.arange(-300, 300, dtype=torch.float64) * (math.pi / 4)  # where signs change
+    x = torch.cat((x, near, near * 2**20)).to(dtype)[:, None]
+    x = x[x.isfinite()][:, None]
+    want = torch.tensor(
+        [[math.sin(v), math.cos(v)] for v in x.flatten().tolist()], dtype=torch.float64
+    )
+    got = frequency_encode(x.to(device), 1).cpu()
+    assert (got - want).abs().max() < 2 * torch.finfo(dtype).eps
+
+
 def test_order_of_columns(device):
     x = torch.tensor([[0.3, -0.7]], device=device)
     angle = [0.3, -0.7, 0.6, -1.4]

@@ -3,9 +3,9 @@ import math
 
 import pytest
 import torch
-from conftest import check_op, check_registration, check_threads
+from conftest import assert_close, check_op, check_registration, check_threads
 
-from dreamfusion_fast.ops import mlp, mlp_parameters, reference
+from dreamfusion_fast.ops import _backend, mlp, mlp_parameters, reference
 
 OP = ("mlp", mlp, reference.mlp)
 SHAPES = [
@@ -114,11 +114,113 @@ def test_thread_count_does_not_matter(rng):
 def test_registration(device, rng):
     x, params = make(rng, 9, [9, 16, 5], True, torch.float32, device)
     count = torch.tensor([4], dtype=torch.int32, device=device)
-    check_registration("mlp", mlp, x, params, [9, 16, 5], "relu", True, None)
-    check_registration("mlp", mlp, x, params, [9, 16, 5], "silu", True, count)
+    check_registration("mlp", mlp, x, params, [9, 16, 5], "relu", True, None, None)
+    check_registration("mlp", mlp, x, params, [9, 16, 5], "silu", True, count, None)
+
+
+# Widths, bias, activation, rows. With relu, no more hidden layers than leave its kinks exact.
+HALF_SHAPES = [
+    ([32, 32, 4], False, "relu", 203),
+    ([32, 64, 64, 4], True, "relu", 203),
+    ([16, 128, 16], False, "silu", 70),
+    ([7, 13, 9, 11, 3], True, "silu", 203),
+    ([5, 16, 2], True, "relu", 203),
+    ([128, 24, 64], True, "silu", 70),  # more squares of the gradient than a block's slots
+    ([20, 128, 128, 3], True, "silu", 40),  # two warps a block
+    ([128, 128, 128, 16], False, "relu", 20),  # one warp
+]
+
+
+def check_half(rng, n, widths, bias, activation, device, count=None, offset=0):
+    """float16 against the float64 twin at the rounded inputs; where there is none, it is refused.
+    offset: numbers by which x is off its alignment."""
+    x, params = make(rng, n + offset, widths, bias, torch.float32, device)
+    with torch.no_grad():
+        params.copy_((8 * params).round() / 8)
+        x = ((8 * x).round() / 8).half().flatten()[offset : offset + n * widths[0]]
+    x = x.view(n, widths[0]).requires_grad_()
+    half = params.detach().half()
+    if not _backend.kernels(x).has_half:
+        with pytest.raises(ValueError, match="`params_half`: expected None on cpu"):
+            mlp(x, params, widths, activation, bias, count, half)
+        return
+    inputs = [t.detach().double().requires_grad_() for t in (x, half)]
+    got = mlp(x, params, widths, activation, bias, count, half)
+    want = reference.mlp(*inputs, widths, activation, bias, count)
+    assert got.dtype == torch.float16
+    assert_close("mlp_half", got.float(), want.float())
+    cotangent = torch.randn_like(got) * max(1, n / 200) ** -0.5  # sums as of 200 rows
+    got_grads = torch.autograd.grad(got, (x, params), cotangent)
+    want_grads = torch.autograd.grad(want, inputs, cotangent.double())
+    assert [g.dtype for g in got_grads] == [torch.float16, torch.float32]
+    for a, b in zip(got_grads, want_grads, strict=True):
+        assert_close("mlp_half", a.float(), b.float())
+
+
+@pytest.mark.parametrize("widths, bias, activation, n", HALF_SHAPES)
+def test_half(device, widths, bias, activation, n, rng):
+    check_half(rng, n, widths, bias, activation, device)
+
+
+@pytest.mark.parametrize("n", [0, 1, 16, 129])
+@pytest.mark.parametrize("valid", [None, 0, 1, 100, 5000])
+def test_half_edge_sizes(device, n, valid, rng):
+    count = None if valid is None else torch.tensor([valid], dtype=torch.int32, device=device)
+    check_half(rng, n, [9, 16, 5], True, "silu", device, count)
+
+
+def test_half_many_tiles(device, rng):
+    """More rows than all blocks together take at a time, forward and backward."""
+    check_half(rng, 131200, [2, 16, 1], True, "relu", device)
+
+
+@pytest.mark.parametrize("offset", [1, 2])
+def test_half_off_alignment(device, offset, rng):
+    check_half(rng, 20, [8, 16, 4], False, "relu", device, offset=offset)
+
+
+def test_half_sums_beyond_half(device):
+    """Sums that pass 65504, the largest float16, on their way to something smaller."""
+    x = torch.full((20, 64), 200.0, dtype=torch.float16, device=device)
+    first = torch.full((16, 64), 200.0, device=device)
+    first[:, 32:] = -199.5
+    params = torch.cat((first.flatten(), torch.full((16,), 1 / 16, device=device)))
+    if _backend.kernels(x).has_half:
+        got = mlp(x, params, [64, 16, 1], params_half=params.half())
+        torch.testing.assert_close(got, torch.full_like(got, 3200))
+
+
+def test_half_only_one_gradient(device, rng):
+    widths = [9, 16, 16, 5]
+    x, params = make(rng, 70, widths, dtype=torch.float32, device=device)
+    x, half = x.detach().half().requires_grad_(), params.detach().half()
+    if not _backend.kernels(x).has_half:
+        return
+    both = torch.autograd.grad(mlp(x, params, widths, params_half=half).sum(), (x, params))
+    of_x = torch.autograd.grad(mlp(x, params.detach(), widths, params_half=half).sum(), x)
+    of_params = torch.autograd.grad(mlp(x.detach(), params, widths, params_half=half).sum(), params)
+    assert_close("mlp_half", both[0].float(), of_x[0].float())
+    assert_close("mlp_half", both[1], of_params[0])
+
+
+def test_half_registration(device, rng):
+    x, params = make(rng, 9, [9, 16, 5], True, torch.float32, device)
+    if _backend.kernels(x).has_half:
+        half = params.detach().half()
+        inputs = x.detach().half().requires_grad_(), params, [9, 16, 5], "relu", True, None, half
+        check_registration("mlp", mlp, *inputs)
+
+
+@pytest.mark.parametrize("widths", [[3, 5], [3, 200, 2], [129, 16, 2], [64, *[128] * 4, 2]])
+def test_half_that_does_not_fit(device, widths, rng):
+    x, params = make(rng, 5, widths, dtype=torch.float32, device=device)
+    if _backend.kernels(x).has_half:
+        with pytest.raises(ValueError, match="`widths`: expected, for float16, one hidden layer"):
+            mlp(x.detach().half(), params, widths, params_half=params.detach().half())
 
 
 X, PARAMS = torch.rand(4, 3), torch.zeros(14)
+HALF = X, PARAMS, [3, 2, 4], "relu", False, None
 
 
 @pytest.mark.parametrize(
@@ -133,6 +235,14 @@ X, PARAMS = torch.rand(4, 3), torch.zeros(14)
         ((X, PARAMS, [3, 300, 4]), ValueError, "`widths`: expected 1 to 256, got 300"),
         ((X, PARAMS, [3, 2, 4], "tanh"), ValueError, '`activation`: expected .*, got "tanh"'),
         ((X, PARAMS, [3, 2, 4], "relu", False, torch.ones(1)), TypeError, "`count`: expected int"),
+        ((X.half(), PARAMS, [3, 2, 4]), TypeError, "`x`: expected float32 or float64 .* float16"),
+        ((*HALF, PARAMS.half()), TypeError, "`x`: expected float16 .* got float32"),
+        ((X.half(), *HALF[1:], PARAMS), TypeError, "`params_half`: expected float16 .* float32"),
+        (
+            (X.half(), *HALF[1:], PARAMS[1:].half()),
+            ValueError,
+            r"`params_half`: .* float16 \(13,\)",
+        ),
     ],
 )
 def test_bad_input(arguments, error, message):

@@ -14,6 +14,7 @@ except ImportError:  # built only where there is a GPU, see CMakeLists.txt
 lib = torch.library.Library("dreamfusion_fast", "FRAGMENT")
 
 FLOATS = (torch.float32, torch.float64)
+SCALARS = (*FLOATS, torch.float16)
 
 
 def register(schema: str, kernel, fake) -> None:
@@ -54,8 +55,9 @@ def ptr(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def is_double(tensor: torch.Tensor) -> bool:
-    return tensor.dtype == torch.float64
+def scalar(tensor: torch.Tensor) -> int:
+    """The number by which the kernel modules know the tensor's dtype."""
+    return SCALARS.index(tensor.dtype)
 
 
 def check_tensor(name, tensor, dtype=FLOATS, shape=None, device=None, optional=False) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._backend import check_range, check_tensor, is_double, kernels, ptr, register, stream
+from ._backend import check_range, check_tensor, kernels, ptr, register, scalar, stream
 
 COUNTERS = (torch.int32, torch.int64)
 
@@ -21,6 +21,7 @@ def adam_step(
     beta2: float,
     eps: float,
     grad_scale: float = 1.0,
+    param_half: torch.Tensor | None = None,
 ) -> None:
     """Make one step of Adam (Kingma and Ba 2015, algorithm 1) in place.
 
@@ -39,6 +40,8 @@ def adam_step(
         beta2: decay of exp_avg_sq, 0 to 1, less than 1.
         eps: added to the denominator, at least 0.
         grad_scale: the loss scale; gradients are divided by it. Above 0.
+        param_half: shape of param, float16, CUDA only: receives the new parameters, rounded; a
+            step that is skipped leaves it as it is.
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device, layout or range is wrong.
     """
@@ -52,10 +55,14 @@ def adam_step(
     _check_settings(lr, beta1, beta2, eps)
     if not grad_scale > 0:
         raise ValueError(f"argument `grad_scale`: expected more than 0, got {grad_scale}")
+    check_tensor("param_half", param_half, torch.float16, *like[1:], optional=True)
+    if param_half is not None and not kernels(param).has_half:
+        raise ValueError(f"argument `param_half`: expected None on {param.device}, got a tensor")
     with torch.no_grad():
         torch.ops.dreamfusion_fast.adam_step(
-            param, grad, exp_avg, exp_avg_sq, step, skipped, lr, beta1, beta2, eps, grad_scale
-        )
+            param, grad, exp_avg, exp_avg_sq, step, skipped, lr, beta1, beta2, eps, grad_scale,
+            param_half,
+        )  # fmt: skip
 
 
 def _check_settings(lr, beta1, beta2, eps):
@@ -65,20 +72,26 @@ def _check_settings(lr, beta1, beta2, eps):
     check_range("eps", eps, 0, float("inf"))
 
 
-def _step(param, grad, exp_avg, exp_avg_sq, step, skipped, lr, beta1, beta2, eps, grad_scale):
-    changed = [t for t in (param, exp_avg, exp_avg_sq, step, skipped) if not t.is_inference()]
+def _step(
+    param, grad, exp_avg, exp_avg_sq, step, skipped, lr, beta1, beta2, eps, grad_scale,
+    param_half=None,
+):  # fmt: skip
+    changed = [param, exp_avg, exp_avg_sq, step, skipped, param_half]
+    changed = [t for t in changed if t is not None and not t.is_inference()]
     torch.autograd.graph.increment_version(changed)  # autograd then notices the change
-    kernels(param).adam_step(
-        is_double(param), ptr(param), ptr(grad), ptr(exp_avg), ptr(exp_avg_sq), ptr(step),
-        ptr(skipped), step.dtype == torch.int64, param.numel(), lr, beta1, beta2, eps, grad_scale,
-        stream(param),
+    module = kernels(param)
+    found, factors = torch.empty_like(skipped), param.new_empty(module.ADAM_FACTORS)
+    module.adam_step(
+        scalar(param), ptr(param), ptr(grad), ptr(exp_avg), ptr(exp_avg_sq), ptr(step),
+        ptr(skipped), ptr(param_half), ptr(found), ptr(factors), step.dtype == torch.int64,
+        param.numel(), lr, beta1, beta2, eps, grad_scale, stream(param),
     )  # fmt: skip
 
 
 register(
     "adam_step(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
     " Tensor(d!) step, Tensor(e!) skipped, float lr, float beta1, float beta2, float eps,"
-    " float grad_scale) -> ()",
+    " float grad_scale, Tensor(f!)? param_half=None) -> ()",
     _step,
     lambda *args: None,
 )
@@ -90,11 +103,20 @@ class Adam(torch.optim.Optimizer):
 
     A tensor whose gradient is not finite keeps its parameters and its state; `skipped` counts.
     Parameters are contiguous float32 or float64.
+
+    half_copies: parameter -> float16 tensor of its shape, kept equal to the rounded parameter by
+    every step from then on (CUDA only; no part of the state dict, and not filled here).
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, half_copies=None):
         self._skipped = {}  # device -> (1,) int32
+        self._half_copies = dict(half_copies or {})
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+        ours = {param for group in self.param_groups for param in group["params"]}
+        if not ours.issuperset(self._half_copies):
+            raise ValueError(
+                "argument `half_copies`: expected parameters of this optimizer as keys"
+            )
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
@@ -129,6 +151,7 @@ class Adam(torch.optim.Optimizer):
         adam_step(
             param, param.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], state["step"],
             self._skipped[param.device], group["lr"], *group["betas"], group["eps"], grad_scale,
+            self._half_copies.get(param),
         )  # fmt: skip
 
     def load_state_dict(self, state_dict):

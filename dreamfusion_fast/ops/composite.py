@@ -7,11 +7,11 @@ import torch
 from ._backend import (
     check_range,
     check_tensor,
-    is_double,
     kernels,
     ptr,
     register,
     register_backward,
+    scalar,
     stream,
 )
 
@@ -73,7 +73,7 @@ def _empty(sigma, rgb, t, dt, packed, early_stop):
 def _forward(sigma, rgb, t, dt, packed, early_stop):
     out = _empty(sigma, rgb, t, dt, packed, early_stop)
     kernels(sigma).composite_forward(
-        is_double(sigma), *map(ptr, (sigma, rgb, t, dt, packed, *out)), *_sizes(rgb, packed),
+        scalar(sigma), *map(ptr, (sigma, rgb, t, dt, packed, *out)), *_sizes(rgb, packed),
         early_stop, stream(sigma),
     )  # fmt: skip
     return out
@@ -96,7 +96,7 @@ def _backward(
     grads = _empty_grads(*incoming, *inputs, weights, early_stop, distances)
     wanted = grads if distances else (*grads[:2], None, None)
     kernels(sigma).composite_backward(
-        is_double(sigma), *map(ptr, (*inputs, *incoming, weights, *wanted)),
+        scalar(sigma), *map(ptr, (*inputs, *incoming, weights, *wanted)),
         *_sizes(rgb, packed), early_stop, stream(sigma),
     )  # fmt: skip
     return grads

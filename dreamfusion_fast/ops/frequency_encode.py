@@ -8,11 +8,11 @@ from ._backend import (
     check_count,
     check_range,
     check_tensor,
-    is_double,
     kernels,
     ptr,
     register,
     register_backward,
+    scalar,
     stream,
 )
 
@@ -54,7 +54,7 @@ def _empty(x, n_frequencies, variance, count):
 def _forward(x, n_frequencies, variance, count):
     out = _empty(x, n_frequencies, variance, count)
     kernels(x).frequency_encode_forward(
-        is_double(x), ptr(x), ptr(variance), ptr(out), ptr(count), *x.shape, n_frequencies,
+        scalar(x), ptr(x), ptr(variance), ptr(out), ptr(count), *x.shape, n_frequencies,
         stream(x),
     )  # fmt: skip
     return out
@@ -67,7 +67,7 @@ def _empty_grads(grad_out, x, n_frequencies, variance, count):
 def _backward(grad_out, x, n_frequencies, variance, count):
     grad_x, grad_variance = _empty_grads(grad_out, x, n_frequencies, variance, count)
     kernels(x).frequency_encode_backward(
-        is_double(x), ptr(x), ptr(variance), ptr(grad_out), ptr(grad_x),
+        scalar(x), ptr(x), ptr(variance), ptr(grad_out), ptr(grad_x),
         0 if variance is None else ptr(grad_variance), ptr(count), *x.shape, n_frequencies,
         stream(x),
     )  # fmt: skip

@@ -8,11 +8,11 @@ from ._backend import (
     check_count,
     check_range,
     check_tensor,
-    is_double,
     kernels,
     ptr,
     register,
     register_backward,
+    scalar,
     stream,
 )
 
@@ -59,6 +59,7 @@ def hash_encode(
     log2_table_size: int,
     interpolation: str = "linear",
     count: torch.Tensor | None = None,
+    table_half: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Interpolate learnt features of L grids, hashed where they are large.
 
@@ -71,7 +72,8 @@ def hash_encode(
     `hash_table_rows` has N_l and each level's first row.
 
     The gradient of x is that of the cell c on its faces too, and zero outside the cube. A NaN
-    coordinate makes the point's features NaN. Gradients do not depend on the number of threads.
+    coordinate makes the point's features NaN. On the CPU gradients do not depend on the number of
+    threads; on CUDA the table's is summed in no fixed order.
 
     Args:
         x: (N, 3) float32 or float64.
@@ -82,8 +84,11 @@ def hash_encode(
         log2_table_size: logarithm of the most rows a level may have, 3 to 28.
         interpolation: "linear" or "smoothstep".
         count: (1,) int32 on the same device, number of valid rows of x; the others give zero.
+        table_half: float16 copy of table, CUDA only, with float32 x and table. It is read in
+            table's place, and the gradients are those at its values.
     Returns:
-        (N, L F), dtype of x, level by level; differentiable once with respect to x and table.
+        (N, L F), dtype of x or, with table_half, float16; level by level; differentiable once
+        with respect to x and table.
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device, layout or range is wrong.
     """
@@ -97,20 +102,37 @@ def hash_encode(
             f'argument `interpolation`: expected "linear" or "smoothstep", got "{interpolation}"'
         )
     check_count(count, x.device)
+    if table_half is not None:
+        _check_half(table_half, x, table)
     return torch.ops.dreamfusion_fast.hash_encode(
         x, table, n_levels, base_resolution, finest_resolution, log2_table_size, interpolation,
-        count,
+        count, table_half,
     )  # fmt: skip
 
 
-def _empty(x, table, n_levels, base, finest, log2_size, interpolation, count):
-    return x.new_empty(x.shape[0], n_levels * table.shape[1])
+def _check_half(table_half, x, table):
+    check_tensor("table_half", table_half, torch.float16, tuple(table.shape), x.device)
+    if x.dtype != torch.float32:
+        raise TypeError(f"argument `table_half`: expected float32 x and table, got {x.dtype}")
+    if not kernels(x).has_half:
+        raise ValueError(f"argument `table_half`: expected None on {x.device}, got a tensor")
 
 
-def _forward(x, table, n_levels, base, finest, log2_size, interpolation, count):
-    out = _empty(x, table, n_levels, base, finest, log2_size, interpolation, count)
+def _aligned(tensor):
+    """The tensor, or a copy if it starts inside 16 bytes, which CUDA's kernels read in one go."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _empty(x, table, n_levels, base, finest, log2_size, interpolation, count, table_half):
+    dtype = x.dtype if table_half is None else table_half.dtype
+    return x.new_empty((x.shape[0], n_levels * table.shape[1]), dtype=dtype)
+
+
+def _forward(x, table, n_levels, base, finest, log2_size, interpolation, count, table_half):
+    out = _empty(x, table, n_levels, base, finest, log2_size, interpolation, count, table_half)
+    table = _aligned(table if table_half is None else table_half)
     kernels(x).hash_encode_forward(
-        is_double(x), ptr(x), ptr(table), ptr(out), ptr(count), x.shape[0], n_levels,
+        scalar(table), ptr(x), ptr(table), ptr(out), ptr(count), x.shape[0], n_levels,
         table.shape[1], interpolation == "smoothstep",
         *hash_table_rows(n_levels, base, finest, log2_size), stream(x),
     )  # fmt: skip
@@ -118,23 +140,24 @@ def _forward(x, table, n_levels, base, finest, log2_size, interpolation, count):
 
 
 def _empty_grads(
-    grad_out, x, table, n_levels, base, finest, log2_size, interpolation, count, needs_x,
-    needs_table,
+    grad_out, x, table, n_levels, base, finest, log2_size, interpolation, count, table_half,
+    needs_x, needs_table,
 ):  # fmt: skip
     grad_x = torch.empty_like(x) if needs_x else x.new_empty(0)
     return grad_x, torch.empty_like(table) if needs_table else x.new_empty(0)
 
 
 def _backward(
-    grad_out, x, table, n_levels, base, finest, log2_size, interpolation, count, needs_x,
-    needs_table,
+    grad_out, x, table, n_levels, base, finest, log2_size, interpolation, count, table_half,
+    needs_x, needs_table,
 ):  # fmt: skip
     grad_x, grad_table = _empty_grads(
-        grad_out, x, table, n_levels, base, finest, log2_size, interpolation, count, needs_x,
-        needs_table,
+        grad_out, x, table, n_levels, base, finest, log2_size, interpolation, count, table_half,
+        needs_x, needs_table,
     )  # fmt: skip
+    table, grad_out = _aligned(table if table_half is None else table_half), _aligned(grad_out)
     kernels(x).hash_encode_backward(
-        is_double(x), ptr(x), ptr(table), ptr(grad_out), ptr(grad_x) if needs_x else 0,
+        scalar(table), ptr(x), ptr(table), ptr(grad_out), ptr(grad_x) if needs_x else 0,
         ptr(grad_table) if needs_table else 0, ptr(count), x.shape[0], n_levels, table.shape[1],
         interpolation == "smoothstep", *hash_table_rows(n_levels, base, finest, log2_size),
         stream(x),
@@ -143,31 +166,32 @@ def _backward(
 
 
 def _save(ctx, inputs, output):
-    x, table, *ctx.settings, count = inputs
-    ctx.save_for_backward(x, table, count)
+    x, table, *ctx.settings, count, table_half = inputs
+    ctx.save_for_backward(x, table, count, table_half)
 
 
 def _differentiate(ctx, grad_out):
-    x, table, count = ctx.saved_tensors
+    x, table, count, table_half = ctx.saved_tensors
     needs_x, needs_table = ctx.needs_input_grad[:2]
     grad_x, grad_table = torch.ops.dreamfusion_fast.hash_encode_backward(
-        grad_out.contiguous(), x, table, *ctx.settings, count, needs_x, needs_table
+        grad_out.contiguous(), x, table, *ctx.settings, count, table_half, needs_x, needs_table
     )
     grads = grad_x if needs_x else None, grad_table if needs_table else None
-    return *grads, *[None] * 6
+    return *grads, *[None] * 7
 
 
 register(
     "hash_encode(Tensor x, Tensor table, SymInt n_levels, SymInt base_resolution,"
-    " SymInt finest_resolution, SymInt log2_table_size, str interpolation, Tensor? count)"
-    " -> Tensor",
+    " SymInt finest_resolution, SymInt log2_table_size, str interpolation, Tensor? count,"
+    " Tensor? table_half) -> Tensor",
     _forward,
     _empty,
 )
 register(
     "hash_encode_backward(Tensor grad_out, Tensor x, Tensor table, SymInt n_levels,"
     " SymInt base_resolution, SymInt finest_resolution, SymInt log2_table_size,"
-    " str interpolation, Tensor? count, bool needs_x, bool needs_table) -> (Tensor, Tensor)",
+    " str interpolation, Tensor? count, Tensor? table_half, bool needs_x, bool needs_table)"
+    " -> (Tensor, Tensor)",
     _backward,
     _empty_grads,
 )

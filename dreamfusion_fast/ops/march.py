@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._backend import check_range, check_tensor, is_double, kernels, ptr, register, stream
+from ._backend import check_range, check_tensor, kernels, ptr, register, scalar, stream
 
 EDGE = 8  # cells along the edge of a block that is jumped over when empty
 SMALLEST = 1e-18  # of a length: the reciprocal of its square is still a float32
@@ -18,6 +18,8 @@ class Samples(NamedTuple):
 
     The arrays have `capacity` rows; rows that belong to no ray are zero. `count` is the number of
     samples demanded: above capacity, the rays from the first one on that did not fit have none.
+    The CPU serves rays in their order. CUDA serves them in any order, which may change from call
+    to call: find a ray's samples through `packed`. Either way the rows in use come first.
     """
 
     positions: torch.Tensor  # (capacity, 3)
@@ -49,8 +51,10 @@ def march(
     [-bound, bound)³, outside of which there is nothing. Cell (x, y, z) has index
     (x G + y) G + z, G = resolution, and is bit index % 8 of byte index / 8.
 
-    Samples are in the order of rays and distances, and the same, bit for bit, on every instruction
-    set and number of threads. Not differentiable: the results require no gradient.
+    A ray's samples are in the order of distances, and the same, bit for bit, on every instruction
+    set and number of threads and on CUDA. On the CPU rays follow each other in their order; on CUDA
+    in any, and when capacity is short it is left open which rays have none. Not differentiable: the
+    results require no gradient.
 
     Args:
         rays_o: (R, 3) float32 or float64, origins.
@@ -123,9 +127,10 @@ def _march(rays_o, rays_d, near, far, bitfield, resolution, bound, step, capacit
     )
     first = torch.empty_like(near, dtype=torch.int32)
     blocks = bitfield.new_empty((-(-resolution // EDGE)) ** 3)
+    counter = seed.new_empty(2)
     kernels(rays_o).march(
-        is_double(rays_o),
-        *map(ptr, (rays_o, rays_d, near, far, bitfield, seed, *out, first, blocks)),
+        scalar(rays_o),
+        *map(ptr, (rays_o, rays_d, near, far, bitfield, seed, *out, first, blocks, counter)),
         rays_o.shape[0], capacity, resolution, bound, step, jitter, stream(rays_o),
     )  # fmt: skip
     return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._backend import FLOATS, check_range, check_tensor, is_double, kernels, ptr, register, stream
+from ._backend import FLOATS, check_range, check_tensor, kernels, ptr, register, scalar, stream
 from .march import LARGEST, SMALLEST, check_resolution, seed_tensor
 
 CHUNK = 1 << 14  # cells that are summed in one go: the order of a sum never depends on threads
@@ -85,7 +85,7 @@ def _empty_points(resolution, bound, seed, dtype):
 def _points(resolution, bound, seed, dtype):
     points = _empty_points(resolution, bound, seed, dtype)
     kernels(seed).occupancy_points(
-        is_double(points), ptr(seed), ptr(points), resolution, bound, stream(seed)
+        scalar(points), ptr(seed), ptr(points), resolution, bound, stream(seed)
     )
     return points
 
@@ -96,7 +96,7 @@ def _update(ema, bitfield, density, decay, threshold):
     n = ema.shape[0]
     partial = ema.new_empty(-(-n // CHUNK), dtype=torch.float64)
     kernels(ema).occupancy_update(
-        is_double(ema), ptr(ema), ptr(bitfield), ptr(density), ptr(partial), n, CHUNK, decay,
+        scalar(ema), ptr(ema), ptr(bitfield), ptr(density), ptr(partial), n, CHUNK, decay,
         threshold, stream(ema),
     )  # fmt: skip
 

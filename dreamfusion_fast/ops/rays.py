@@ -7,11 +7,11 @@ import torch
 from ._backend import (
     check_range,
     check_tensor,
-    is_double,
     kernels,
     ptr,
     register,
     register_backward,
+    scalar,
     stream,
 )
 
@@ -104,7 +104,7 @@ def _empty_rays(c2w, focal, height, width):
 def _generate(c2w, focal, height, width):
     rays_o, rays_d = _empty_rays(c2w, focal, height, width)
     kernels(c2w).generate_rays_forward(
-        is_double(c2w), ptr(c2w), ptr(focal), ptr(rays_o), ptr(rays_d), *rays_o.shape[:3],
+        scalar(c2w), ptr(c2w), ptr(focal), ptr(rays_o), ptr(rays_d), *rays_o.shape[:3],
         stream(c2w),
     )  # fmt: skip
     return rays_o, rays_d
@@ -115,7 +115,7 @@ def _generate_backward(grad_o, grad_d, c2w, focal):
     partial = c2w.new_empty(b * height, 13)
     grad_c2w, grad_focal = torch.empty_like(c2w), torch.empty_like(focal)
     kernels(c2w).generate_rays_backward(
-        is_double(c2w), ptr(c2w), ptr(focal), ptr(grad_o), ptr(grad_d), ptr(partial),
+        scalar(c2w), ptr(c2w), ptr(focal), ptr(grad_o), ptr(grad_d), ptr(partial),
         ptr(grad_c2w), ptr(grad_focal), b, height, width, stream(c2w),
     )  # fmt: skip
     return grad_c2w, grad_focal
@@ -156,7 +156,7 @@ def _empty_grads(grad_near, grad_far, rays_o, rays_d, size, min_distance):
 def _hits(run, rays_o, rays_d, size, min_distance):
     near, far = _empty_hits(rays_o, rays_d, size, min_distance)
     run(
-        is_double(rays_o), ptr(rays_o), ptr(rays_d), ptr(near), ptr(far), near.numel(), size,
+        scalar(rays_o), ptr(rays_o), ptr(rays_d), ptr(near), ptr(far), near.numel(), size,
         min_distance, stream(rays_o),
     )  # fmt: skip
     return near, far
@@ -165,7 +165,7 @@ def _hits(run, rays_o, rays_d, size, min_distance):
 def _hits_backward(run, grad_near, grad_far, rays_o, rays_d, size, min_distance):
     grad_o, grad_d = torch.empty_like(rays_o), torch.empty_like(rays_d)
     run(
-        is_double(rays_o), ptr(rays_o), ptr(rays_d), ptr(grad_near), ptr(grad_far), ptr(grad_o),
+        scalar(rays_o), ptr(rays_o), ptr(rays_d), ptr(grad_near), ptr(grad_far), ptr(grad_o),
         ptr(grad_d), grad_near.numel(), size, min_distance, stream(rays_o),
     )  # fmt: skip
     return grad_o, grad_d

@@ -8,11 +8,11 @@ from ._backend import (
     check_count,
     check_range,
     check_tensor,
-    is_double,
     kernels,
     ptr,
     register,
     register_backward,
+    scalar,
     stream,
 )
 
@@ -44,7 +44,7 @@ def spherical_harmonics(
 def _forward(dirs, degree, count):
     out = dirs.new_empty(dirs.shape[0], degree**2)
     kernels(dirs).spherical_harmonics_forward(
-        is_double(dirs), ptr(dirs), ptr(out), ptr(count), dirs.shape[0], degree, stream(dirs)
+        scalar(dirs), ptr(dirs), ptr(out), ptr(count), dirs.shape[0], degree, stream(dirs)
     )
     return out
 
@@ -52,7 +52,7 @@ def _forward(dirs, degree, count):
 def _backward(grad_out, dirs, degree, count):
     grad = torch.empty_like(dirs)
     kernels(dirs).spherical_harmonics_backward(
-        is_double(dirs), ptr(dirs), ptr(grad_out), ptr(grad), ptr(count), dirs.shape[0], degree,
+        scalar(dirs), ptr(dirs), ptr(grad_out), ptr(grad), ptr(count), dirs.shape[0], degree,
         stream(dirs),
     )  # fmt: skip
     return grad
