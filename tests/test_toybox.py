@@ -145,7 +145,7 @@ def test_prior_denoises_what_it_was_trained_on_and_listens_to_the_text(prior):
     right = (prior.predict_noise(z_t, t, prior.embed(prompts)) - noise).square().mean()
     wrong = ["a white teapot, overhead view"] * 24
     wrong = (prior.predict_noise(z_t, t, prior.embed(wrong)) - noise).square().mean()
-    assert right < 0.01 and wrong > 1.05 * right
+    assert right < 0.01 and wrong > 1.3 * right
 
 
 @pytest.mark.parametrize(
