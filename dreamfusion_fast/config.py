@@ -129,7 +129,6 @@ def preset(guidance: str, **settings) -> RunConfig:
     config = RunConfig(guidance=GuidanceConfig(name=guidance), **settings)
     if guidance == "toybox":
         config.camera = toybox_camera()
-        config.guidance.scale, config.guidance.t_high_end = 5.0, 0.6
         config.steps = settings.get("steps", 300)
     if guidance == "exemplar":  # exact scores: nothing to amplify
         config.guidance.scale = 0.0
