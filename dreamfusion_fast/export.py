@@ -24,7 +24,7 @@ from .camera import Cameras, orbit
 from .checkpoint import write_atomically
 
 DISTANCE, FOCAL = 1.5, 1.0  # of the exported views, scene units and image widths
-HALVING = (0.01, 0.1)  # scene units: depth of matter in which a surface's light falls to a half
+HALVING = (0.01, 0.15)  # scene units: depth of matter in which a surface's light falls to a half
 SPECK = 0.005  # components smaller than this share of the largest are dropped
 _CHUNK = 1 << 18  # points evaluated at once
 _LOG_RANGE = 2.0  # marching cubes sees log density clipped to the level's plus or minus this
@@ -63,7 +63,7 @@ def solid(density: np.ndarray, iso: float | None = None) -> tuple[np.ndarray, fl
 
     Without `iso` the level parts the density's logarithm in two (Otsu 1979): an SDS-trained field
     is thin fog and dense matter, some orders of magnitude apart. It is kept to where the light
-    falls to a half within 0.01 to 0.1 scene units (`HALVING`): thinner is fog, whatever the
+    falls to a half within 0.01 to 0.15 scene units (`HALVING`): thinner is fog, whatever the
     histogram, and denser is all opaque. Cavities that no path from outside reaches are filled,
     since no training view sees inside an opaque surface. Specks are dropped. The result is empty
     where no density reaches the level.
