@@ -56,7 +56,7 @@ FACTS = [
     (r"hash_grad_table_kernel<[48], (float|half)>.*", 90, "REDG.*F32x4", True, "a row at once"),
     (r"hash_\w+<([48], float|8, half|[248], double)>.*", 80, "LDG.*128", True, "a row at once"),
     (r"adam_(check|update)_kernel<(4, float|2, double)>.*", 80, "LDG.*128", True, "packs"),
-    (r"march_kernel:.*", 80, "ATOMG", True, "a warp takes its rows by one addition"),
+    (r"march_kernel<.*", 80, "ATOMG", True, "a warp takes its rows by one addition"),
     (r"mlp_half_\w+<.*", 80, "HMMA.16816.F32", True, "tensor cores, sums in float"),
     (r"mlp_half_backward\w+<.*", 80, "REDG?[.]", True, "blocks' sums of the parameters' gradient"),
     (rf"(?!{DOUBLE_ON_PURPOSE}).*:(float|half)", 80, "D(ADD|MUL|FMA)", False, "double by accident"),
@@ -233,17 +233,16 @@ def main() -> int:
     with ThreadPoolExecutor(options.jobs) as pool:
         results = pool.map(lambda source: inspect(source, nvcc, cuobjdump, folder), sources)
         kernels = [kernel for result in results for kernel in result]
-    print(
-        "Registers: the most that a variant (template arguments) needs. Shared, spills and stack:"
-    )
-    print("bytes. Instructions: the most of a variant.\n")
+    print("Registers, and instructions: the most that a variant (template arguments) has. Shared")
+    print("memory without what a launch adds, spills and stack: bytes.\n")
     print_table(kernels)
     failures = [
         f"{k.name} {k.scalar} sm_{k.architecture}: {p}" for k in kernels for p in problems(k)
     ]
-    print(
-        f"\n{len(kernels)} kernels in {time.perf_counter() - start:.0f} s; {len(failures)} problems"
-    )
+    if not options.stems:
+        failures += outdated(kernels)
+    seconds = time.perf_counter() - start
+    print(f"\n{len(kernels)} kernels in {seconds:.0f} s; {len(failures)} problems")
     if not cuobjdump:
         print("machine code: not checked: no cuobjdump (it comes with triton or the toolkit)")
     print("\n".join(failures))
