@@ -64,7 +64,7 @@ class GuidanceConfig:
     name: str = "toybox"  # toybox | exemplar | a folder or hub name of a diffusers pipeline
     scale: float = 10.0  # omega of (1 + omega) eps_cond - omega eps_uncond; 100 (paper)
     t_range: tuple[float, float] = (0.02, 0.98)  # share of the schedule (paper)
-    t_high_end: float = 0.98  # upper end at the last step; falls linearly from t_range's
+    t_high_end: float = 0.98  # upper end at the last step: t_range's falls to it, never rises
     weighting: str = "sigma2"  # w(t): sigma2 (paper) | uniform
 
 

@@ -24,7 +24,7 @@ def t_range_at(config: GuidanceConfig, progress: float) -> tuple[float, float]:
     """The range that t is drawn from at a share `progress` of the run, 0 to 1: shapes are decided
     in much noise, details in little."""
     low, high = config.t_range
-    return low, high + progress * (config.t_high_end - high)
+    return low, high - progress * max(0.0, high - config.t_high_end)
 
 
 def perturb(z: Tensor, noise: Tensor, alpha2: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ def test_the_upper_end_of_t_falls_linearly():
     config = GuidanceConfig(t_range=(0.1, 0.9), t_high_end=0.5)
     ranges = [sds.t_range_at(config, p) for p in (0.0, 0.5, 1.0)]
     assert ranges == [(0.1, 0.9), (0.1, pytest.approx(0.7)), (0.1, pytest.approx(0.5))]
+    assert sds.t_range_at(GuidanceConfig(t_range=(0.02, 0.5)), 1.0) == (0.02, 0.5)
 
 
 def test_timesteps_of_an_empty_range(rng):
