@@ -3,7 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?= a red car
+NVCC := $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+CMAKE := $(BIN)/cmake
+CMAKE_OPTIONS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+  -DPython_EXECUTABLE=$(abspath $(BIN))/python
 EMULATED_TESTS := tests/test_emulation.py $(patsubst csrc/%.cu,tests/test_%.py,$(wildcard csrc/*.cu))
 
 .PHONY: demo test check kernels emulated mutation resources gpu-check clean
@@ -13,27 +17,34 @@ demo: $(VENV)/.installed  ## text to 3D with the embedded prior: make demo PROMP
 	rm -rf runs/demo
 	$(BIN)/dreamfusion-fast generate "$(PROMPT)" --out runs/demo
 
-test: check  ## lint, then every test
+test: check  ## lint, every test, every check of the CUDA kernels that needs no GPU
 	$(BIN)/python -m pytest
+	$(MAKE) --no-print-directory kernels
 
-kernels: emulated mutation resources  ## all checks of the CUDA kernels that need no GPU: half an hour
+kernels: emulated mutation resources
 
 check: $(VENV)/.installed  ## lint only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-emulated: $(VENV)/.installed  ## the CUDA kernels run by the CPU under sanitizers: tests, races
-	$(BIN)/python -m pip install --quiet cmake ninja pybind11
-	$(BIN)/cmake -B build/emulated -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DDF_EMULATED=ON -DDF_CUDA=OFF
-	$(BIN)/cmake --build build/emulated --target emulated
+emulated: $(VENV)/.tools  ## the CUDA kernels run by the CPU under sanitizers: tests, races
+	$(CMAKE) -B build/emulated $(CMAKE_OPTIONS) -DDF_EMULATED=ON -DDF_CUDA=OFF
+	$(CMAKE) --build build/emulated --target emulated
 	$(BIN)/python tests/emulated.py build/emulated $(EMULATED_TESTS)
 
 mutation: emulated  ## plant bugs into the CUDA kernels, one at a time: each must be caught
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tests/mutation.py
 
-resources: $(VENV)/.installed  ## nvcc for every architecture: registers, spills, machine code
-	$(BIN)/python tests/kernel_resources.py
+ifneq ($(NVCC),)
+resources: $(VENV)/.tools  ## the CUDA module for every architecture: imports, machine code
+	$(CMAKE) -B build/cuda $(CMAKE_OPTIONS) -DDF_CUDA=ON
+	$(CMAKE) --build build/cuda --target _cuda
+	$(BIN)/python tests/kernel_resources.py build/cuda
+	PYTHONPATH=build/cuda $(BIN)/python -m pytest -q tests/test_cuda_module.py
+else
+resources:
+	@echo "The CUDA module was neither built nor inspected: no nvcc (PATH, /usr/local/cuda)."
+endif
 
 gpu-check:  ## where there is a GPU: build, test, measure; no .venv: make gpu-check ARGS="--out DIR"
 	$(PYTHON) bench/gpu_check.py $(ARGS)
@@ -43,6 +54,10 @@ $(VENV)/.installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet cmake ninja pybind11
 	touch $@
 
 clean:

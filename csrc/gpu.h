@@ -112,23 +112,24 @@ __device__ inline void red_add(double* p, double x) {
 // N = 1, 2, 4 or 8 neighbours; p aligned to min(16, N * sizeof) bytes. One instruction for up to
 // 16 bytes of floats where the GPU has it (sm_90 on).
 template <int N, class T> __device__ inline void red_add_vector(T* p, const T* x) {
+#if !defined(__CUDACC__)
+  emulation::check_aligned(p, N * sizeof(T) < 16 ? N * sizeof(T) : 16);
+#endif
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if constexpr (sizeof(T) == 4 && N % 4 == 0) {
 #pragma unroll
     for (int i = 0; i < N; i += 4)
       asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p + i), "f"(x[i]),
                    "f"(x[i + 1]), "f"(x[i + 2]), "f"(x[i + 3]) : "memory");
-    return;
   } else if constexpr (sizeof(T) == 4 && N == 2) {
     asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(x[0]), "f"(x[1])
                  : "memory");
-    return;
-  }
-#elif !defined(__CUDACC__)
-  emulation::check_aligned(p, N * sizeof(T) < 16 ? N * sizeof(T) : 16);
+  } else
 #endif
+  {
 #pragma unroll
-  for (int i = 0; i < N; ++i) red_add(p + i, x[i]);
+    for (int i = 0; i < N; ++i) red_add(p + i, x[i]);
+  }
 }
 
 // ---- tensor cores -------------------------------------------------------------------------------

@@ -1,23 +1,21 @@
 """What the compiler made of every CUDA kernel: `make resources`. No GPU needed.
 
-Compiles csrc/*.cu for all architectures of a release and prints registers, shared memory and
-spills as a Markdown table, then holds the kernels to: no spills and no local memory, a ceiling of
-registers, and facts about their machine code (FACTS). Exits with 1 if one does not hold, with 0 and
-the reason if there is no nvcc.
+Reads the module _cuda that a release ships, all architectures of it, and prints registers, shared
+memory and stack (spills lie on it) as a Markdown table, then holds the kernels to: no stack and no
+local memory, a ceiling of registers, and facts about their machine code (FACTS). Exits with 1 if
+one does not hold. Needs cuobjdump: the CUDA toolkit's, or the one that comes with triton.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,7 +69,6 @@ class Kernel:
     registers: int = 0
     shared: int = 0
     stack: int = 0
-    spills: int = 0
     instructions: Counter = field(default_factory=Counter)
 
     @property
@@ -79,45 +76,34 @@ class Kernel:
         return self.name.split("<")[0]
 
 
-def find_nvcc() -> str | None:
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
-    places = [Path(home, "bin", "nvcc") for home in homes if home]
-    found = [os.environ.get("CUDACXX"), shutil.which("nvcc"), *map(str, places)]
-    return next((path for path in found if path and Path(path).exists()), None)
-
-
-def find_cuobjdump(nvcc: str) -> str | None:
+def find_cuobjdump() -> str:
     """The toolkit's, or the one that comes with triton."""
-    places = [Path(nvcc).with_name("cuobjdump")]
+    places = [Path("/usr/local/cuda/bin/cuobjdump")]
     triton = importlib.util.find_spec("triton")
     if triton and triton.origin:
         places.append(Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump")
-    found = [shutil.which("cuobjdump"), *(str(p) for p in places if p.exists())]
-    return next(filter(None, found), None)
+    found = shutil.which("cuobjdump") or next((str(p) for p in places if p.exists()), None)
+    if not found:
+        raise SystemExit("machine code: no cuobjdump: pip install triton, or the CUDA toolkit")
+    return found
 
 
 def call(*command) -> str:
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
-    return done.stdout + done.stderr
+    return done.stdout
 
 
-def inspect(source: Path, nvcc: str, cuobjdump: str | None, folder: Path) -> list[Kernel]:
-    """Compile one file for all architectures; what became of its kernels."""
-    target = folder / f"{source.stem}.o"
-    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    log = call(
-        nvcc, "-std=c++17", "-O3", "-DDF_ISA=cuda", "-DDF_IS_CUDA", *code, "-Xptxas", "-v", "-c",
-        source, "-o", target,
-    )  # fmt: skip
-    kernels = read_ptxas(log)
-    if cuobjdump:
-        read_sass(call(cuobjdump, "--dump-sass", target), kernels)
-    names = call("c++filt", *{mangled for mangled, _ in kernels}).splitlines()
-    readable = dict(zip({mangled for mangled, _ in kernels}, names, strict=True))
-    for (mangled, _), kernel in kernels.items():
-        kernel.name, kernel.scalar = read_name(readable[mangled])
+def inspect(module: Path) -> list[Kernel]:
+    """Every kernel of the module, once for each architecture."""
+    cuobjdump = find_cuobjdump()
+    kernels = read_resources(call(cuobjdump, "--dump-resource-usage", module))
+    read_sass(call(cuobjdump, "--dump-sass", module), kernels)
+    mangled = sorted({name for name, _ in kernels})
+    readable = dict(zip(mangled, call("c++filt", *mangled).splitlines(), strict=True))
+    for (name, _), kernel in kernels.items():
+        kernel.name, kernel.scalar = read_name(readable[name])
     return list(kernels.values())
 
 
@@ -128,18 +114,18 @@ def read_name(signature: str) -> tuple[str, str]:
     return name.replace("__half", "half"), scalar[1].replace("__half", "half") if scalar else "-"
 
 
-def read_ptxas(log: str) -> dict[tuple[str, int], Kernel]:
-    kernels = {}
-    for line in log.splitlines():
-        if match := re.search(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", line):
-            key = match[1], int(match[2])
-            kernel = kernels[key] = Kernel("", "", key[1])
-        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", line):
-            kernel.stack, kernel.spills = int(match[1]), int(match[2]) + int(match[3])
-        elif match := re.search(r"Used (\d+) registers", line):
-            kernel.registers = int(match[1])
-            shared = re.search(r"(\d+) bytes smem", line)
-            kernel.shared = int(shared[1]) if shared else 0
+def read_resources(text: str) -> dict[tuple[str, int], Kernel]:
+    kernels, architecture, name = {}, 0, ""
+    for line in text.splitlines():
+        if match := re.match(r"arch = sm_(\d+)", line):
+            architecture = int(match[1])
+        elif match := re.match(r"\s*Function (\w+):", line):
+            name = match[1]
+        elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, shared, local = map(int, match.groups())
+            kernels[name, architecture] = Kernel(
+                "", "", architecture, registers, shared, stack + local
+            )
     return kernels
 
 
@@ -168,16 +154,14 @@ def matches(pattern: str, kernel: Kernel) -> bool:
 
 def problems(kernel: Kernel) -> list[str]:
     found = []
-    if kernel.spills:
-        found.append(f"{kernel.spills} bytes of spills")
     if kernel.stack or count(kernel, "LDL|STL"):
         found.append(f"local memory: {kernel.stack} bytes, {count(kernel, 'LDL|STL')} accesses")
+    if not kernel.instructions:
+        found.append("no machine code")
     if kernel.registers > ceiling(kernel):
         found.append(f"{kernel.registers} registers, more than {ceiling(kernel)}")
     for pattern, since, instructions, wanted, why in FACTS:
-        if not kernel.instructions or kernel.architecture < since:
-            continue
-        if matches(pattern, kernel):
+        if kernel.architecture >= since and matches(pattern, kernel):
             n = count(kernel, instructions)
             if wanted != (n > 0):
                 found.append(f"{n} of {instructions}, {'expected' if wanted else 'none'}: {why}")
@@ -196,7 +180,7 @@ def row(name: str, kernels: list[Kernel]) -> str:
     registers = [
         str(max(k.registers for k in kernels if k.architecture == a)) for a in ARCHITECTURES
     ]
-    most = {key: max(getattr(k, key) for k in kernels) for key in ("shared", "spills", "stack")}
+    most = {key: max(getattr(k, key) for k in kernels) for key in ("shared", "stack")}
     kinds = ("LDG.*128", "HMMA", "REDG?[.]", "ATOM", "LDL|STL")
     sass = [str(max(count(k, pattern) for k in kernels)) for pattern in kinds]
     variants = len(kernels) // len(ARCHITECTURES)
@@ -205,7 +189,7 @@ def row(name: str, kernels: list[Kernel]) -> str:
 
 
 def print_table(kernels: list[Kernel]) -> None:
-    heads = ["kernel", "variants", *(f"sm_{a}" for a in ARCHITECTURES), "shared", "spills", "stack"]
+    heads = ["kernel", "variants", *(f"sm_{a}" for a in ARCHITECTURES), "shared", "stack, spills"]
     heads += ["LDG.128", "HMMA", "RED", "ATOM", "LDL, STL"]
     print(f"| {' | '.join(heads)} |\n|---|{'---:|' * (len(heads) - 1)}")
     groups = defaultdict(list)
@@ -217,34 +201,23 @@ def print_table(kernels: list[Kernel]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("stems", nargs="*", help="only these (all)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
-    options = parser.parse_args()
-    nvcc = find_nvcc()
-    if not nvcc:
-        print("kernel resources: not checked: no nvcc (CUDACXX, PATH, CUDA_HOME, /usr/local/cuda)")
-        return 0
-    cuobjdump = find_cuobjdump(nvcc)
-    folder = ROOT / "build" / "resources"
-    folder.mkdir(parents=True, exist_ok=True)
-    sources = sorted((ROOT / "csrc").glob("*.cu"))
-    sources = [s for s in sources if not options.stems or s.stem in options.stems]
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "build/cuda")
+    folder = parser.parse_args().folder
+    modules = sorted(folder.glob("_cuda*.so"))
+    if len(modules) != 1:
+        raise SystemExit(f"{folder}: expected one module _cuda, found {len(modules)}")
     start = time.perf_counter()
-    with ThreadPoolExecutor(options.jobs) as pool:
-        results = pool.map(lambda source: inspect(source, nvcc, cuobjdump, folder), sources)
-        kernels = [kernel for result in results for kernel in result]
+    kernels = inspect(modules[0])
     print("Registers, and instructions: the most that a variant (template arguments) has. Shared")
-    print("memory without what a launch adds, spills and stack: bytes.\n")
+    print("memory without what a launch adds, and stack: bytes.\n")
     print_table(kernels)
     failures = [
         f"{k.name} {k.scalar} sm_{k.architecture}: {p}" for k in kernels for p in problems(k)
     ]
-    if not options.stems:
-        failures += outdated(kernels)
+    missing = set(ARCHITECTURES) - {k.architecture for k in kernels}
+    failures += [f"no kernel for sm_{a}" for a in sorted(missing)] + outdated(kernels)
     seconds = time.perf_counter() - start
-    print(f"\n{len(kernels)} kernels in {seconds:.0f} s; {len(failures)} problems")
-    if not cuobjdump:
-        print("machine code: not checked: no cuobjdump (it comes with triton or the toolkit)")
+    print(f"\n{len(kernels)} kernels read in {seconds:.0f} s; {len(failures)} problems")
     print("\n".join(failures))
     return bool(failures)
 
