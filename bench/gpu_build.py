@@ -101,9 +101,9 @@ def _cpu_commands(root: Path, objects: Path, headers: list[str]) -> dict:
 
 def _cuda_commands(root: Path, objects: Path, headers: list[str], arch: str) -> dict:
     """The longest to compile go first."""
-    defines = ["-DDF_ISA=cuda", "-DDF_IS_CUDA"]
+    defines = ["-DDF_ISA=cuda", "-DDF_IS_CUDA", f'-DDF_CUDA_ARCHITECTURES="{arch}"']
     code = ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    nvcc = [find_nvcc(), "-std=c++17", "-O3", *defines, f'-DDF_CUDA_ARCHITECTURES="{arch}"', *code,
+    nvcc = [find_nvcc(), "-std=c++17", "-O3", *defines, *code,
             "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c"]  # fmt: skip
     sizes = {s: (root / f"csrc/{s}.cu").stat().st_size for s in stems(root)}
     commands = {

@@ -434,6 +434,9 @@ static void bind_emulation(py::module_& m) {
 PYBIND11_MODULE(DF_MODULE, m) {
 #ifdef DF_IS_CUDA
   m.attr("has_half") = true;  // fp16 where a stem has it: on_scalar_or_half
+#ifdef DF_CUDA_ARCHITECTURES
+  m.attr("architectures") = DF_CUDA_ARCHITECTURES;
+#endif
 #else
   m.attr("has_half") = false;
   bind_cpu_settings(m);

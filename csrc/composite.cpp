@@ -17,24 +17,11 @@ template <int CHANNELS = 8, class F> void on_channels(int channels, const F& f) 
   if constexpr (CHANNELS > 1) on_channels<CHANNELS - 1>(channels, f);
 }
 
-// absorb() without branches, for the compiler to vectorise: exp(x) = 2^n exp(r), |r| < 0.35, and
-// the polynomial of Cephes expf for exp(r) - 1; good to 2 ulp.
+// absorb() without branches; alpha loses no digits where s is small.
 inline void absorb_fast(float s, float& alpha, float& keep) {
-  constexpr float ROUND = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-  const float x = clamp(-s, -87.0f, 88.0f);
-  const float shifted = x * 1.44269504088896341f + ROUND;
-  const float n = shifted - ROUND;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  const float p = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r +
-                    4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 5.0000001201e-1f;
-  const float exp_minus_1 = r + r * r * p;
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  bits = (bits + 127u) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, 4);
-  keep = s > 87.0f ? 0.0f : scale + scale * exp_minus_1;
-  alpha = (1.0f - scale) - scale * exp_minus_1;
+  const ExpParts e = exp_parts(clamp(-s, -87.0f, 88.0f));
+  keep = s > 87.0f ? 0.0f : e.scale + e.scale * e.rest;
+  alpha = (1.0f - e.scale) - e.scale * e.rest;
 }
 inline void absorb_fast(double s, double& alpha, double& keep) { absorb(s, alpha, keep); }
 

@@ -47,7 +47,6 @@ inline unsigned blocks_for(int64_t n, int threads) { return unsigned((n + thread
 // Throws std::runtime_error, which Python sees as RuntimeError, naming the kernel.
 inline void check(cudaError_t error, const char* kernel) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // cleared: the next call is not to be blamed for it
   std::string what = "kernel `" + std::string(kernel) + "`: " + cudaGetErrorString(error);
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
       error == cudaErrorUnsupportedPtxVersion) {
@@ -60,6 +59,7 @@ inline void check(cudaError_t error, const char* kernel) {
             ": reinstall with pip install . -C cmake.define.DF_CUDA=ON "
             "-C cmake.define.CMAKE_CUDA_ARCHITECTURES=" + arch;
   }
+  cudaGetLastError();  // cleared: the next call is not to be blamed for it
   throw std::runtime_error(what);
 }
 

@@ -167,21 +167,10 @@ template <class T> void add_sums(Block<T> block, const T* g, int n_out, T* grad)
   }
 }
 
-// exp without branches, for the compiler to vectorise: 2^n exp(r), |r| < 0.35, by the polynomial
-// of Cephes expf; good to 2 ulp between -87 and 88, and beyond as there.
+// exp without branches, clamped to what a float holds.
 inline float exp_fast(float x) {
-  constexpr float ROUND = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-  x = clamp(x, -87.0f, 88.0f);
-  const float shifted = x * 1.44269504088896341f + ROUND, n = shifted - ROUND;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  const float p = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r +
-                    4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 5.0000001201e-1f;
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  bits = (bits + 127u) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, 4);
-  return scale + scale * (r + r * r * p);
+  const ExpParts e = exp_parts(clamp(x, -87.0f, 88.0f));
+  return e.scale + e.scale * e.rest;
 }
 inline double exp_fast(double x) { return std::exp(x); }
 

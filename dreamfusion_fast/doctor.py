@@ -54,7 +54,7 @@ def findings() -> list[tuple[str, str, str]]:
         ("GPU", _gpu(), "used" if device.type == "cuda" else f"not used: {cuda_obstacle()}"),
         (
             "CUDA kernels",
-            "built" if _backend._cuda else "not built",
+            f"built for {_backend._cuda.architectures}" if _backend._cuda else "not built",
             "used" if device.type == "cuda" else f"not used: {cuda_obstacle()}",
         ),
         (

@@ -126,32 +126,34 @@ def assert_close(op: str, got: torch.Tensor, want: torch.Tensor) -> None:
 
 
 def check_op(op: str, function, twin, *inputs, **options) -> None:
-    """Compare results, and gradients of every floating input that requires grad, with the twin's.
-    Both are called as function(*inputs, **options) and return a tensor or a tuple of them."""
-    wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
-    results = [f(*inputs, **options) for f in (function, twin)]
-    got, want = [r if isinstance(r, tuple) else (r,) for r in results]
-    assert len(got) == len(want)
-    for a, b in zip(got, want, strict=True):
-        assert_close(op, a, b)
-    if not wanted:
-        return
+    """Compare results, and gradients of every floating input that requires grad, with the twin's;
+    where the kernels are CUDA's, emulated, also with the CPU kernels'. All are called as
+    function(*inputs, **options) and return a tensor or a tuple of them."""
+    want = _results(twin, inputs, options)
     cotangents = [torch.randn_like(b) for b in want]
-    got_grads, want_grads = (
-        _gradients(got, wanted, cotangents),
-        _gradients(want, wanted, cotangents),
-    )
-    for a, b in zip(got_grads, want_grads, strict=True):
-        assert_close(op, a, b)
+    want += _gradients(want, inputs, cotangents)
+    for module in {_backend._cpu, _cpu}:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_backend, "_cpu", module)
+            got = _results(function, inputs, options)
+            got += _gradients(got, inputs, cotangents)
+        for a, b in zip(got, want, strict=True):
+            assert_close(op, a, b)
 
 
-def _gradients(outputs, inputs, cotangents):
+def _results(function, inputs, options) -> list[torch.Tensor]:
+    results = function(*inputs, **options)
+    return list(results) if isinstance(results, tuple) else [results]
+
+
+def _gradients(outputs, inputs, cotangents) -> list[torch.Tensor]:
+    inputs = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
     pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-    if not pairs:  # constants
+    if not inputs or not pairs:  # constants
         return [torch.zeros_like(x) for x in inputs]
     outputs, cotangents = zip(*pairs, strict=True)
-    return torch.autograd.grad(
-        outputs, inputs, cotangents, allow_unused=True, materialize_grads=True
+    return list(
+        torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, materialize_grads=True)
     )
 
 
