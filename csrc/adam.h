@@ -15,6 +15,7 @@ template <class T> struct AdamArgs {
   T* exp_avg_sq;     // (n,) running mean of its square
   void* step;        // (1,) int32 or int64, number of updates made
   int32_t* skipped;  // (1,) number of updates skipped
+  const float* rate;  // (1,) factor of lr, or null: what a captured graph may change between replays
   void* param_half;  // (n,) float16 copy of the new parameters, or null; CUDA only
   int32_t* found;    // (1,) scratch on CUDA: is any gradient not finite
   T* factors;        // (ADAM_FACTORS,) scratch on CUDA: AdamFactors of this update
@@ -29,8 +30,9 @@ template <class T> struct AdamFactors {  // what an update's elements have in co
   T beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, rsqrt_correction2, eps, unscale;
 };
 template <class T> DF_HD AdamFactors<T> adam_factors(const AdamArgs<T>& a, int64_t step) {
+  const double lr = a.rate ? a.lr * double(*a.rate) : a.lr;
   return {T(a.beta1), T(1 - a.beta1), T(a.beta2), T(1 - a.beta2),
-          T(a.lr / (1 - std::pow(a.beta1, double(step)))),
+          T(lr / (1 - std::pow(a.beta1, double(step)))),
           T(1 / std::sqrt(1 - std::pow(a.beta2, double(step)))), T(a.eps), T(1 / a.grad_scale)};
 }
 template <class T>

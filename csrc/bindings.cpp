@@ -101,15 +101,15 @@ using GilReleased = py::call_guard<py::gil_scoped_release>;
 static void bind_adam(py::module_& m) {
   m.def("adam_step",
         [](int scalar, Address param, Address grad, Address exp_avg, Address exp_avg_sq,
-           Address step, Address skipped, Address param_half, Address found, Address factors,
-           bool step_is_int64, int64_t n, double lr, double beta1, double beta2, double eps,
-           double grad_scale, Address stream) {
-          LAUNCH(adam_step, AdamArgs, param, grad, exp_avg, exp_avg_sq, step, skipped, param_half,
-                 found, factors, step_is_int64, n, lr, beta1, beta2, eps, grad_scale);
+           Address step, Address skipped, Address rate, Address param_half, Address found,
+           Address factors, bool step_is_int64, int64_t n, double lr, double beta1, double beta2,
+           double eps, double grad_scale, Address stream) {
+          LAUNCH(adam_step, AdamArgs, param, grad, exp_avg, exp_avg_sq, step, skipped, rate,
+                 param_half, found, factors, step_is_int64, n, lr, beta1, beta2, eps, grad_scale);
         },
         GilReleased(), py::arg("scalar"), py::arg("param"), py::arg("grad"), py::arg("exp_avg"),
-        py::arg("exp_avg_sq"), py::arg("step"), py::arg("skipped"), py::arg("param_half"),
-        py::arg("found"), py::arg("factors"), py::arg("step_is_int64"), py::arg("n"),
+        py::arg("exp_avg_sq"), py::arg("step"), py::arg("skipped"), py::arg("rate"),
+        py::arg("param_half"), py::arg("found"), py::arg("factors"), py::arg("step_is_int64"), py::arg("n"),
         py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("grad_scale"),
         py::arg("stream"));
   m.attr("ADAM_FACTORS") = df::ADAM_FACTORS;

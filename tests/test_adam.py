@@ -35,6 +35,15 @@ def test_twin(device, dtype, shape, grad_scale, rng):
     assert got[4].item() == 6 and got[5].item() == 2
 
 
+def test_rate_is_a_factor_of_lr(device, dtype, rng):
+    tensors = state(rng, 41, dtype, device)
+    want = [t.clone() for t in tensors]
+    rate = torch.tensor([0.25], device=device)
+    adam_step(*tensors, *SETTINGS, rate=rate)
+    adam_step(*want, 0.25 * SETTINGS[0], *SETTINGS[1:])
+    assert all(torch.equal(a, b) for a, b in zip(tensors, want, strict=True))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", [0, 40000])
 def test_non_finite_gradient_skips_the_update(device, dtype, bad, where, rng):
@@ -206,10 +215,11 @@ def test_optimizer_keeps_half_copies(device, rng):
         (10, 0.0, ValueError, "`grad_scale`: expected more than 0, got 0.0"),
         (11, torch.zeros(3), TypeError, r"`param_half`: expected float16 .*, got float32 \(3,\)"),
         (11, torch.zeros(4).half(), ValueError, r"`param_half`: .*, got float16 \(4,\)"),
+        (12, torch.zeros(2), ValueError, r"`rate`: expected float32 .* \(1,\), got float32 \(2,\)"),
     ],
 )
 def test_bad_input(index, value, error, message, rng):
-    arguments = [*state(rng, 3), *SETTINGS, 1.0, None]
+    arguments = [*state(rng, 3), *SETTINGS, 1.0, None, None]
     arguments[index] = value
     with pytest.raises(error, match=message):
         adam_step(*arguments)

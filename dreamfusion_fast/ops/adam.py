@@ -22,6 +22,7 @@ def adam_step(
     eps: float,
     grad_scale: float = 1.0,
     param_half: torch.Tensor | None = None,
+    rate: torch.Tensor | None = None,
 ) -> None:
     """Make one step of Adam (Kingma and Ba 2015, algorithm 1) in place.
 
@@ -42,6 +43,8 @@ def adam_step(
         grad_scale: the loss scale; gradients are divided by it. Above 0.
         param_half: shape of param, float16, CUDA only: receives the new parameters, rounded; a
             step that is skipped leaves it as it is.
+        rate: (1,) float32 on param's device, a factor of lr: may be changed between replays of a
+            CUDA graph, which keeps every plain number.
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device, layout or range is wrong.
     """
@@ -56,12 +59,13 @@ def adam_step(
     if not grad_scale > 0:
         raise ValueError(f"argument `grad_scale`: expected more than 0, got {grad_scale}")
     check_tensor("param_half", param_half, torch.float16, *like[1:], optional=True)
+    check_tensor("rate", rate, torch.float32, (1,), param.device, optional=True)
     if param_half is not None and not kernels(param).has_half:
         raise ValueError(f"argument `param_half`: expected None on {param.device}, got a tensor")
     with torch.no_grad():
         torch.ops.dreamfusion_fast.adam_step(
             param, grad, exp_avg, exp_avg_sq, step, skipped, lr, beta1, beta2, eps, grad_scale,
-            param_half,
+            param_half, rate,
         )  # fmt: skip
 
 
@@ -74,7 +78,7 @@ def _check_settings(lr, beta1, beta2, eps):
 
 def _step(
     param, grad, exp_avg, exp_avg_sq, step, skipped, lr, beta1, beta2, eps, grad_scale,
-    param_half=None,
+    param_half=None, rate=None,
 ):  # fmt: skip
     changed = [param, exp_avg, exp_avg_sq, step, skipped, param_half]
     changed = [t for t in changed if t is not None and not t.is_inference()]
@@ -83,15 +87,15 @@ def _step(
     found, factors = torch.empty_like(skipped), param.new_empty(module.ADAM_FACTORS)
     module.adam_step(
         scalar(param), ptr(param), ptr(grad), ptr(exp_avg), ptr(exp_avg_sq), ptr(step),
-        ptr(skipped), ptr(param_half), ptr(found), ptr(factors), step.dtype == torch.int64,
-        param.numel(), lr, beta1, beta2, eps, grad_scale, stream(param),
+        ptr(skipped), ptr(rate), ptr(param_half), ptr(found), ptr(factors),
+        step.dtype == torch.int64, param.numel(), lr, beta1, beta2, eps, grad_scale, stream(param),
     )  # fmt: skip
 
 
 register(
     "adam_step(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
     " Tensor(d!) step, Tensor(e!) skipped, float lr, float beta1, float beta2, float eps,"
-    " float grad_scale, Tensor(f!)? param_half=None) -> ()",
+    " float grad_scale, Tensor(f!)? param_half=None, Tensor? rate=None) -> ()",
     _step,
     lambda *args: None,
 )
@@ -106,9 +110,11 @@ class Adam(torch.optim.Optimizer):
 
     half_copies: parameter -> float16 tensor of its shape, kept equal to the rounded parameter by
     every step from then on (CUDA only; no part of the state dict, and not filled here).
+    rate: (1,) float32, a factor of every group's lr that may change on the device.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, half_copies=None):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, half_copies=None, rate=None):
+        self._rate = rate
         self._skipped = {}  # device -> (1,) int32
         self._half_copies = dict(half_copies or {})
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
@@ -126,6 +132,12 @@ class Adam(torch.optim.Optimizer):
     def skipped(self) -> int:
         """Number of tensor updates skipped since construction. Waits for the device."""
         return sum(int(n) for n in self._skipped.values())
+
+    def skipped_on(self, device: torch.device) -> torch.Tensor:
+        """The count of one device, (1,) int32, for who must not wait."""
+        if device not in self._skipped:
+            self._skipped[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        return self._skipped[device]
 
     @torch.no_grad()
     def step(self, closure=None, grad_scale: float = 1.0):
@@ -146,12 +158,10 @@ class Adam(torch.optim.Optimizer):
             state["step"] = torch.zeros(1, dtype=torch.int32, device=param.device)
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
-        if param.device not in self._skipped:
-            self._skipped[param.device] = torch.zeros(1, dtype=torch.int32, device=param.device)
         adam_step(
             param, param.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], state["step"],
-            self._skipped[param.device], group["lr"], *group["betas"], group["eps"], grad_scale,
-            self._half_copies.get(param),
+            self.skipped_on(param.device), group["lr"], *group["betas"], group["eps"], grad_scale,
+            self._half_copies.get(param), self._rate,
         )  # fmt: skip
 
     def load_state_dict(self, state_dict):

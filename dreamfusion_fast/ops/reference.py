@@ -85,9 +85,23 @@ def _limit_interval(near, far, miss, min_distance):
 # ---- adam ---------------------------------------------------------------------------------------
 @torch.no_grad()
 def adam_step(
-    param, grad, exp_avg, exp_avg_sq, step, skipped, lr, beta1, beta2, eps, grad_scale=1.0
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    step,
+    skipped,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    grad_scale=1.0,
+    param_half=None,
+    rate=None,
 ):
     """In place: Adam (algorithm 1), or only `skipped` + 1 if any gradient is not finite."""
+    if rate is not None:
+        lr = lr * rate.double()
     g = grad * (1 / grad_scale)
     finite = g.isfinite().all()
     t = step.double().squeeze() + 1
