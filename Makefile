@@ -10,7 +10,7 @@ CMAKE_OPTIONS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
   -DPython_EXECUTABLE=$(abspath $(BIN))/python
 EMULATED_TESTS := tests/test_emulation.py $(patsubst csrc/%.cu,tests/test_%.py,$(wildcard csrc/*.cu))
 
-.PHONY: demo test check kernels emulated mutation resources gpu-check clean
+.PHONY: demo test check kernels emulated mutation triton resources gpu-check clean
 
 demo: $(VENV)/.installed  ## text to 3D with the embedded prior: make demo PROMPT="a blue duck"
 	$(BIN)/dreamfusion-fast doctor
@@ -21,7 +21,7 @@ test: check  ## lint, every test, every check of the CUDA kernels that needs no 
 	$(BIN)/python -m pytest
 	$(MAKE) --no-print-directory kernels
 
-kernels: emulated mutation resources
+kernels: emulated mutation triton resources
 
 check: $(VENV)/.installed  ## lint only
 	$(BIN)/ruff check .
@@ -34,6 +34,9 @@ emulated: $(VENV)/.tools  ## the CUDA kernels run by the CPU under sanitizers: t
 
 mutation: emulated  ## plant bugs into the CUDA kernels, one at a time: each must be caught
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tests/mutation.py
+
+triton: $(VENV)/.installed  ## the Triton kernels, compiled ahead of time: registers, traffic
+	$(BIN)/python tests/triton_resources.py
 
 ifneq ($(NVCC),)
 resources: $(VENV)/.tools  ## the CUDA module for every architecture: imports, machine code

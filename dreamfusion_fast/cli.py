@@ -45,21 +45,52 @@ def generate(
     guidance: Annotated[
         str | None,
         typer.Option(
-            help="toybox (embedded), exemplar, or a diffusers pipeline's folder or hub name"
+            help="toybox (embedded), exemplar, sd15, sd21, sdxl, if, or a diffusers pipeline's "
+            "folder or hub name"
         ),
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="side of the rendered pictures, for latent models")
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="text to stay away from")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="as libraries count it: 1 + guidance.scale")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="of the guidance: fp32, fp16, bf16")] = None,
+    low_memory: Annotated[bool, typer.Option("--low-memory", help="for small GPUs")] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="any setting, e.g. --set guidance.perp_neg=2; see config.py"),
     ] = None,
     device: Device = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
 ) -> None:
     """Make a 3D object from text: turntable.mp4, contact_sheet.png and mesh.glb in --out."""
+    from . import preflight
     from .doctor import pick_device
     from .train import Trainer, check
 
     where = pick_device(device)
     given = {"prompt": prompt, "steps": steps, "seed": seed, "guidance": guidance}
+    changes = {
+        "render.image_size": image_size,
+        "guidance.negative": negative,
+        "guidance.scale": None if guidance_scale is None else guidance_scale - 1.0,
+        "guidance.dtype": dtype,
+        "guidance.low_memory": low_memory or None,
+    }
+    changes = {k: v for k, v in changes.items() if v is not None} | _settings(set_ or [])
     config = _config(out, resume, given)
+    if changes and resume:
+        raise ValueError(
+            f"argument `--resume`: expected the run's own settings, got {', '.join(changes)}"
+        )
+    for name, value in changes.items():
+        config.change(name, value)
     check(config)
     trainer = Trainer(config, out, device=where, resume=resume)
+    line, fits = preflight.report(config, trainer)
+    console.print(line, highlight=False, soft_wrap=True, style=None if fits else "bold red")
     _train(trainer)
     _export(trainer.renderer, out)
 
@@ -120,6 +151,20 @@ def _config(out: Path, resume: bool, given: dict):
     return config
 
 
+def _settings(texts: list[str]) -> dict:
+    """--set name=value, values as in JSON, or else texts."""
+    changes = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"argument `--set`: expected name=value, got {text!r}")
+        try:
+            changes[name] = json.loads(value)
+        except json.JSONDecodeError:
+            changes[name] = value
+    return changes
+
+
 def _train(trainer) -> None:
     """Run to the end under a progress bar; Ctrl-C ends the step, saves and leaves."""
     columns = (
@@ -154,13 +199,15 @@ def _train(trainer) -> None:
 
 def _note(recent: list[dict], speed: float) -> str:
     """it/s, losses and where the time goes, over the last steps."""
-    seconds = sum(m["seconds"] for m in recent)
-    share = sum(m["seconds"] * m["guidance_share"] for m in recent) / seconds
-    last = recent[-1]
-    return (
-        f"{speed:.1f} it/s  sds {last['sds']:.0f}  opacity {last['mean_opacity']:.2f}  "
-        f"guidance {share:.0%}  rendering {1 - share:.0%}"
-    )
+    last, seen = recent[-1], [m for m in recent if m["guidance_share"] is not None]
+    note = f"{speed:.1f} it/s  sds {last['sds']:.2f}  opacity {last['mean_opacity']:.2f}"
+    if seen:  # inside of a CUDA graph nobody knows
+        seconds = sum(m["seconds"] for m in seen)
+        share = sum(m["seconds"] * m["guidance_share"] for m in seen) / seconds
+        note += f"  guidance {share:.0%}  rest {1 - share:.0%}"
+    if last["views_skipped"]:
+        note += f"  {last['views_skipped']} views skipped: not finite"
+    return note
 
 
 def _export(renderer, out: Path) -> None:

@@ -43,6 +43,7 @@ class FieldConfig:
     activation: str = "relu"
     blob_density: float = 5.0  # added to the density's logarithm (paper: lambda_tau)
     blob_std: float = 0.2  # scene units (paper: sigma_tau)
+    channels: int = 3  # of colour; others hold latents of a guidance, see RenderConfig.latent
     density_bias: float = -2.0  # likewise: an untrained scene is a blob in thin fog
 
 
@@ -51,6 +52,7 @@ class RenderConfig:
     image_size: int = 64  # pixels (paper)
     step: float = 0.025  # length of a bin along a ray, scene units
     early_stop: float = 1e-3  # transmittance below which a ray ends
+    latent: bool = False  # render the guidance's latents, not colours: no VAE in the loop
     background: str = "random"  # random | grey | environment (paper)
     environment_frequencies: int = 3  # of the direction's encoding, for "environment"
     occupancy_resolution: int = 48
@@ -62,15 +64,27 @@ class RenderConfig:
 @dataclass
 class GuidanceConfig:
     name: str = "toybox"  # toybox | exemplar | a folder or hub name of a diffusers pipeline
+    dtype: str = "auto"  # fp32 | fp16 | bf16 | auto: fp16 on CUDA
+    size: int | None = None  # side of what a latent model sees, pixels; None: its own
+    compile: bool = False  # the U-Net, by torch.compile
+    low_memory: bool = False  # slower, for small GPUs
     scale: float = 10.0  # omega of (1 + omega) eps_cond - omega eps_uncond; 100 (paper)
+    negative: str = ""  # text in the place of the empty one
+    view_text: str = "nearest"  # front, side, back: the nearest's text (paper) | interpolate
+    perp_neg: float = 0.0  # how strongly the neighbouring sides' texts are avoided; 0: not
     t_range: tuple[float, float] = (0.02, 0.98)  # share of the schedule (paper)
     t_high_end: float = 0.98  # upper end at the last step: t_range's falls to it, never rises
+    t_anneal: str = "linear"  # how it falls over the run: linear | sqrt | step (half-way)
+    t_draw: str = "uniform"  # uniform (paper) | importance: t as likely as w(t) is large
     weighting: str = "sigma2"  # w(t): sigma2 (paper) | uniform
+    rescale: float = 0.0  # 0 to 1: brings the guided prediction's spread back to the plain one's
+    clip: float = 0.0  # largest number of the gradient; 0: any
 
 
 @dataclass
 class LossConfig:
     opacity: float = 1e-3  # sqrt(opacity^2 + 0.01), 1e-3 to 5e-3 (paper)
+    opacity_end: float | None = None  # at the last step, reached linearly; None: the same
 
 
 @dataclass
@@ -87,7 +101,8 @@ class OptimizerConfig:
 class RunConfig:
     prompt: str = ""
     steps: int = 500  # 15,000 (paper)
-    views: int = 4  # pictures a step (paper)
+    views: int = 4  # pictures at a time (paper)
+    accumulate: int = 1  # times that many a step
     seed: int = 0
     checkpoint_every: int = 100  # steps
     preview_every: int = 50  # steps
@@ -100,6 +115,26 @@ class RunConfig:
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
+
+    def change(self, name: str, value) -> None:
+        """Set the setting called `name`, e.g. "guidance.scale" or "views". Raises ValueError for an
+        unknown one, and for a value of another kind than the one it has."""
+        *path, last = name.split(".")
+        stage = getattr(self, path[0], None) if len(path) == 1 else self if not path else None
+        if not dataclasses.is_dataclass(stage) or last not in (
+            f.name for f in dataclasses.fields(stage)
+        ):
+            raise ValueError(f"config: expected a setting's name, e.g. guidance.scale, got {name}")
+        old = getattr(stage, last)
+        if isinstance(old, tuple) and isinstance(value, list) and len(value) == len(old):
+            value = tuple(value)
+        number = (int, float) if isinstance(old, float) else type(old)
+        fits = old is None or (
+            isinstance(value, number) and isinstance(value, bool) == isinstance(old, bool)
+        )
+        if not fits or dataclasses.is_dataclass(old):
+            raise ValueError(f"config `{name}`: expected a value like {old!r}, got {value!r}")
+        setattr(stage, last, float(value) if isinstance(old, float) else value)
 
     @classmethod
     def from_dict(cls, values: dict) -> RunConfig:
@@ -124,13 +159,28 @@ def _known(kind, values: dict, name: str):
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
+def _for_large_model(config: RunConfig, keep_steps: bool) -> None:
+    """The paper's cameras and guidance, and a field that holds more than a toy."""
+    config.field = FieldConfig(
+        n_levels=16, base_resolution=16, finest_resolution=2048, log2_table_size=19, hidden=64
+    )
+    config.render = RenderConfig(step=0.0125, occupancy_resolution=96)
+    config.guidance.scale = 100.0
+    config.optimizer.warmup = 500
+    config.checkpoint_every, config.preview_every = 500, 250
+    if not keep_steps:
+        config.steps = 10_000
+
+
 def preset(guidance: str, **settings) -> RunConfig:
     """The defaults that suit a guidance, with `settings` of RunConfig on top."""
     config = RunConfig(guidance=GuidanceConfig(name=guidance), **settings)
+    if guidance not in ("toybox", "exemplar"):
+        _for_large_model(config, "steps" in settings)
     if guidance == "toybox":
         config.camera = toybox_camera()
         # Guidance makes parts fatter than they are; the paper's weight hardly holds against it.
-        config.loss.opacity = 0.1
+        config.loss.opacity, config.loss.opacity_end = 0.15, 0.01
         config.steps = settings.get("steps", 300)
     if guidance == "exemplar":  # exact scores: nothing to amplify
         config.guidance.scale = 0.0

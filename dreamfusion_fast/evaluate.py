@@ -68,7 +68,7 @@ def precision(renderer, text: str, scorer: Scorer, prompts: list[str]) -> float:
     """Share of the renders at 30 degrees whose most similar prompt is `text`."""
     azimuths = [360.0 * i / AZIMUTHS for i in range(AZIMUTHS)]
     cameras = camera.orbit(azimuths, ELEVATION, DISTANCE, 1.0)
-    images = export.render_views(renderer, cameras, renderer.config.image_size)
+    images = export.render_views(renderer, cameras, scorer.image_size)
     return scorer.r_precision(images, prompts, prompts.index(text))
 
 

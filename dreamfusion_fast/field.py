@@ -18,7 +18,8 @@ class Field(nn.Module):
     """Density and albedo of points inside the bounding sphere.
 
     The logarithm of density is the MLP's first output plus the paper's blob (A.2):
-    lambda_tau exp(-|mu|² / (2 sigma_tau²)); albedo is the sigmoid of the other three.
+    lambda_tau exp(-|mu|² / (2 sigma_tau²)); albedo is the sigmoid of the other three. Other
+    numbers of channels are latents (Metzer et al. 2023), of which an affine map makes colours.
     """
 
     def __init__(self, config: FieldConfig, generator: torch.Generator):
@@ -34,15 +35,21 @@ class Field(nn.Module):
         self.widths = [
             config.n_levels * config.features,
             *[config.hidden] * config.hidden_layers,
-            4,
+            1 + config.channels,
         ]
         table = (torch.rand(rows, config.features, generator=generator) * 2 - 1) * 1e-4
         self.table = nn.Parameter(table)
         self.weights = nn.Parameter(_he_uniform(self.widths, generator))
+        if config.channels != 3:
+            self.register_buffer("to_rgb", torch.zeros(3, config.channels))
+            self.register_buffer("rgb_bias", torch.zeros(3))
 
-    def forward(self, positions: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, positions: Tensor, count: Tensor | None = None, latent: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """positions (N, 3), scene units; count (1,) int32, number of valid rows.
-        Returns sigma (N,) in 1 / scene unit and albedo (N, 3) in [0, 1]."""
+        Returns sigma (N,) in 1 / scene unit and albedo (N, 3) in [0, 1]; or latents
+        (N, channels), if the field has them and they are asked for."""
         x = positions / (2.0 * self.config.radius) + 0.5
         features = hash_encode(
             x, self.table, **self.grid, interpolation=self.config.interpolation, count=count
@@ -52,7 +59,12 @@ class Field(nn.Module):
             positions.square().sum(-1) / (-2.0 * self.config.blob_std**2)
         )
         log_density = out[:, 0] + (blob + self.config.density_bias)
-        return log_density.clamp(max=LOG_DENSITY_MAX).exp(), torch.sigmoid(out[:, 1:])
+        sigma, values = log_density.clamp(max=LOG_DENSITY_MAX).exp(), out[:, 1:]
+        if self.config.channels == 3:
+            return sigma, torch.sigmoid(values)
+        if latent:
+            return sigma, values.contiguous()
+        return sigma, (values @ self.to_rgb.T + self.rgb_bias).clamp(0.0, 1.0)
 
 
 def _he_uniform(widths: list[int], generator: torch.Generator) -> Tensor:

@@ -11,6 +11,7 @@ from .camera import Cameras
 from .config import RenderConfig
 from .field import Environment, Field
 from .ops import (
+    Samples,
     composite,
     generate_rays,
     march,
@@ -19,14 +20,15 @@ from .ops import (
     ray_sphere_intersect,
 )
 
+MAX_CHANNELS = 8  # of composite
 GREY = 0.5  # the fixed background
 CAPACITY_STEP = 1 << 14  # sample buffers grow in steps of so many rows
 
 
 @dataclass
 class Rendering:
-    """image (B, 3, H, W) in [0, 1]; opacity (B, H, W) in [0, 1]; depth (B, H, W) = sum of w t,
-    scene units; count (1,) int32, samples wanted; capacity, samples there was room for."""
+    """image (B, 3, H, W) in [0, 1], or latents; opacity (B, H, W) in [0, 1]; depth (B, H, W)
+    = sum of w t, scene units; count (1,) int32, samples wanted; capacity, samples that fit."""
 
     image: Tensor
     opacity: Tensor
@@ -52,29 +54,26 @@ class Renderer(nn.Module):
     def forward(
         self,
         cameras: Cameras,
-        seed: int,
+        seed: int | Tensor,
         background: Tensor | None = None,
         size: int | None = None,
         jitter: bool = True,
+        latent: bool = False,
     ) -> Rendering:
         """Render B cameras. background: (B, 3) or (3,) colours in [0, 1]; without it the
         environment map, or grey. size: side of the picture, pixels. seed: of the samples' jitter
-        (stratified if `jitter`, else bin centres)."""
+        (stratified if `jitter`, else bin centres). latent: the picture's channels are the field's
+        latents, and those of the background, which must be given (B, channels)."""
         size = size or self.config.image_size
         n = len(cameras.focal)
-        rays_o, rays_d = generate_rays(cameras.c2w, cameras.focal * size, size, size)
-        rays_o, rays_d = rays_o.reshape(-1, 3), rays_d.reshape(-1, 3)
-        radius = self.field.config.radius
-        near, far = ray_sphere_intersect(rays_o, rays_d, radius)
-        samples = self._march(rays_o, rays_d, near, far, seed, jitter)
-        sigma, albedo = self.field(samples.positions, samples.count)
+        rays = self._rays(cameras, size)
+        samples = self._march(*rays, seed, jitter, self.capacity)
+        sigma, albedo = self.field(samples.positions, samples.count, latent)
         # Place of shading: albedo becomes lit colour here, once normals exist.
-        colour, opacity, depth, _ = composite(
-            sigma, albedo, samples.t, samples.dt, samples.packed, self.config.early_stop
-        )
-        behind = self._background(background, rays_d, n, size)
+        colour, opacity, depth = self._composite(sigma, albedo, samples)
+        behind = self._background(background, rays[1], n, size)
         picture = colour + (1.0 - opacity[:, None]) * behind
-        image = picture.reshape(n, size, size, 3).permute(0, 3, 1, 2).contiguous()
+        image = picture.reshape(n, size, size, -1).permute(0, 3, 1, 2).contiguous()
         return Rendering(
             image,
             opacity.reshape(n, size, size),
@@ -83,47 +82,49 @@ class Renderer(nn.Module):
             self.capacity,
         )
 
+    def _composite(self, sigma, values, samples: Samples) -> tuple[Tensor, Tensor, Tensor]:
+        """Any number of channels, as many at a time as the op takes."""
+        rest = samples.t, samples.dt, samples.packed, self.config.early_stop
+        parts = [composite(sigma, v.contiguous(), *rest) for v in values.split(MAX_CHANNELS, 1)]
+        _, opacity, depth, _ = parts[0]
+        return torch.cat([colour for colour, *_ in parts], 1), opacity, depth
+
+    def _rays(self, cameras: Cameras, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Origins and directions (R, 3) through all pixels; distances in and out of the sphere."""
+        rays_o, rays_d = generate_rays(cameras.c2w, cameras.focal * size, size, size)
+        rays_o, rays_d = rays_o.reshape(-1, 3), rays_d.reshape(-1, 3)
+        return rays_o, rays_d, *ray_sphere_intersect(rays_o, rays_d, self.field.config.radius)
+
     def _background(self, colour: Tensor | None, rays_d: Tensor, n: int, size: int) -> Tensor:
         if colour is not None:
-            return colour.expand(n, 3).repeat_interleave(size * size, 0)
+            return colour.expand(n, -1).repeat_interleave(size * size, 0)
         if self.environment is not None:
             return self.environment(rays_d)
         return rays_d.new_full((1, 3), GREY)
 
-    def _march(self, rays_o, rays_d, near, far, seed: int, jitter: bool):
-        """Samples of all rays. On the CPU, where reading the count waits for nothing, the buffer
-        follows the need; on a GPU it keeps its size, and Rendering tells what was lost."""
+    def _march(self, rays_o, rays_d, near, far, seed, jitter: bool, capacity: int) -> Samples:
+        c = self.config
+        return march(
+            rays_o, rays_d, near, far, self.bitfield, c.occupancy_resolution,
+            self.field.config.radius, c.step, capacity, seed, jitter,
+        )  # fmt: skip
 
-        def samples():
-            return march(
-                rays_o,
-                rays_d,
-                near,
-                far,
-                self.bitfield,
-                self.config.occupancy_resolution,
-                self.field.config.radius,
-                self.config.step,
-                self.capacity,
-                seed,
-                jitter,
-            )
+    def make_room(self, cameras: Cameras, seed: int | Tensor) -> None:
+        """Fit the capacity to what these cameras need. Waits for the device."""
+        rays = self._rays(cameras, self.config.image_size)
+        self.fit_capacity(int(self._march(*rays, seed, True, 1).count))
 
-        found = samples()
-        if rays_o.device.type == "cpu":
-            wanted, room = int(found.count), self.capacity
-            if wanted > room or wanted < room // 2:
-                self.fit_capacity(wanted)
-            if wanted > room:
-                return samples()
-        return found
-
-    def fit_capacity(self, count: int) -> None:
-        """Make room for `count` samples and a quarter more."""
-        self.capacity = -(-count * 5 // (4 * CAPACITY_STEP)) * CAPACITY_STEP or CAPACITY_STEP
+    def fit_capacity(self, count: int) -> bool:
+        """Make room for `count` samples and half as many more, if there is less than `count` or
+        more than three times that. Whether the capacity has changed: a captured graph is then
+        out of date."""
+        if count <= self.capacity <= max(3 * count, CAPACITY_STEP):
+            return False
+        self.capacity = -(-count * 3 // (2 * CAPACITY_STEP)) * CAPACITY_STEP or CAPACITY_STEP
+        return True
 
     @torch.no_grad()
-    def update_occupancy(self, seed: int, decay: float | None = None) -> None:
+    def update_occupancy(self, seed: int | Tensor, decay: float | None = None) -> None:
         """Refresh the grid from one random point in each cell (instant-ngp, appendix E.2)."""
         c = self.config
         points = occupancy_points(

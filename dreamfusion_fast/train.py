@@ -1,8 +1,9 @@
 """The loop: a prompt becomes a radiance field by score distillation sampling.
 
-Read `Trainer._step` from top to bottom to follow one step: cameras, rendering, SDS, backward,
-Adam. Every random number of step k comes from the seed and k alone, so a resumed run goes on as
-if it had never stopped.
+Read `Trainer._step` from top to bottom to follow one step. What is random or scheduled is drawn on
+the host, from the seed and the step's number alone: a resumed run goes on as if it had never
+stopped. The rest (`_advance`: rendering, SDS, backward, Adam) never waits for the device and is one
+CUDA graph on a GPU. What it measures is read every few steps.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,8 +21,15 @@ from torch import Tensor
 from . import camera, checkpoint, export, guidance, sds
 from .config import RunConfig
 from .field import Field
+from .graph import Captured
+from .guidance.timed import Timed
 from .ops.adam import Adam
-from .render import Renderer, Rendering
+from .prompting import Prompts
+from .render import Renderer
+
+MEASURES = ("sds", "opacity", "mean_opacity", "samples", "views_skipped", "updates_skipped")
+REPORT_EVERY = 10  # steps, on a GPU: reading what it measured waits for it
+HOPELESS = 10  # steps without a single finite view: the run is given up
 
 
 def folder_state(folder: Path) -> str:
@@ -36,6 +45,29 @@ def folder_state(folder: Path) -> str:
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The source of all random numbers of one step."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) & 0x7FFF_FFFF_FFFF_FFFF)
+
+
+@dataclass
+class Draw:
+    """What is random or scheduled in one pass, on the device. seeds: (2,) int64, of the samples and
+    of the noise; embedding and negative_weights: see prompting.Prompts; rate: (1,), of Adam;
+    opacity: (), weight of the penalty."""
+
+    cameras: camera.Cameras
+    background: Tensor | None
+    seeds: Tensor
+    t: Tensor
+    embedding: Tensor
+    negative_weights: Tensor | None
+    rate: Tensor
+    opacity: Tensor
+
+    def copy_(self, other: Draw) -> None:
+        """Take the other's numbers, in the same places."""
+        mine, others = ([*vars(x.cameras).values(), *vars(x).values()] for x in (self, other))
+        for old, new in zip(mine, others, strict=True):
+            if isinstance(old, Tensor):
+                old.copy_(new, non_blocking=True)
 
 
 class Trainer:
@@ -56,23 +88,72 @@ class Trainer:
     def __init__(self, config: RunConfig, folder: Path, guide=None, device="cpu", resume=False):
         check(config)
         self.config, self.folder, self.device = config, Path(folder), torch.device(device)
-        self.guidance = _Timed(guide or guidance.load(config.guidance.name, self.device))
-        if self.guidance.image_size != config.render.image_size:
-            raise ValueError(
-                f"config `image_size`: expected {self.guidance.image_size}, the size "
-                f"that the guidance sees, got {config.render.image_size}"
-            )
-        self.views = self.guidance.embed([f"{config.prompt}, {view} view" for view in camera.VIEWS])
-        self.unconditional = self.guidance.embed([""]) if config.guidance.scale else None
+        self.guidance = Timed(guide or load_guidance(config, self.device))
+        if config.render.latent:
+            self._fit_to_latents()
+        else:
+            self._check_size()
+        self.prompts = Prompts(self.guidance, config.prompt, config.guidance)
+        if guide is None and hasattr(self.guidance.guide, "release_text"):
+            self.guidance.release_text()
+        self.schedule = sds.Schedule(self.guidance.alphas_cumprod, config.guidance)
         generator = torch.Generator().manual_seed(config.seed)
         field = Field(config.field, generator)
         self.renderer = Renderer(field, config.render, generator).to(self.device)
+        if config.render.latent:
+            self._set_colour_map()
+        self.rate = torch.ones(1, device=self.device)  # of Adam, a factor
         self.optimizer = self._build_optimizer()
-        self.step, self.stopping = 0, False
+        self.measured = torch.zeros(len(MEASURES), dtype=torch.float64, device=self.device)
+        self.bad = torch.zeros(1, dtype=torch.int32, device=self.device)  # views, since the start
+        self.draws: list[Draw] = []  # of the current step, where the graph reads them
+        # What a guidance renders for the camera lies elsewhere each time: no graph can hold it.
+        static = not hasattr(self.guidance.guide, "set_cameras")
+        self.advance = Captured(self._advance, self.device if static else torch.device("cpu"))
+        self.report_every = 1 if self.device.type == "cpu" else REPORT_EVERY
+        self.step, self.made, self.stopping = 0, 0, False  # made: steps, by this object
         self.folder.mkdir(parents=True, exist_ok=True)
         if resume and self.checkpoint_path.exists():
             self._load()
         self._start_files()
+
+    def _fit_to_latents(self) -> None:
+        if not hasattr(self.guidance.guide, "latent_shape"):
+            raise ValueError(
+                "config `latent`: expected a guidance that has latents, got one without"
+            )
+        if self.config.render.background != "random":
+            raise ValueError(
+                f"config `background`: expected random beside latents, got "
+                f"{self.config.render.background!r}"
+            )
+        channels, size = self.guidance.latent_shape
+        if channels == 3:
+            raise ValueError("config `latent`: expected a guidance whose latents are no colours")
+        self.config.field.channels, self.config.render.image_size = channels, size
+
+    def _set_colour_map(self) -> None:
+        """Of the background, and its inverse for showing the field."""
+        matrix, bias = self.guidance.colour_map()
+        self.colour_map = matrix.cpu(), bias.cpu()
+        inverse = torch.linalg.pinv(matrix)
+        self.renderer.field.to_rgb.copy_(inverse)
+        self.renderer.field.rgb_bias.copy_(-inverse @ bias)
+
+    def _check_size(self) -> None:
+        size, seen = self.config.render.image_size, self.guidance.image_size
+        if getattr(self.guidance.guide, "resizes", False):
+            if size < 1:
+                raise ValueError(f"config `image_size`: expected at least 1, got {size}")
+        elif size != seen:
+            raise ValueError(
+                f"config `image_size`: expected {seen}, the size that the guidance sees, got {size}"
+            )
+        if hasattr(self.guidance.guide, "set_cameras") and self.config.accumulate > 1:
+            raise ValueError(
+                f"config `accumulate`: expected 1 for a guidance that must know the camera, got "
+                f"{self.config.accumulate}"
+            )
 
     @property
     def checkpoint_path(self) -> Path:
@@ -80,81 +161,139 @@ class Trainer:
 
     def run(self) -> Iterator[dict]:
         """Train to config.steps, or to the end of the step in which `stopping` was set, yielding
-        each step's metrics. Checkpoints on the way, and at the end of the last whole step."""
-        whole = True
-        try:
-            with open(self.folder / "metrics.jsonl", "a") as log:
-                while self.step < self.config.steps and not self.stopping:
+        each step's metrics, a few steps at a time on a GPU. Checkpoints on the way, and at the end
+        of the last whole step. Raises ValueError if the guidance's numbers are never finite."""
+        c, whole = self.config, True
+        pending: list[Tensor] = []  # measures of the steps since the last report
+        with open(self.folder / "metrics.jsonl", "a") as log:
+            try:
+                began = time.perf_counter()
+                while self.step < c.steps and not self.stopping:
                     whole = False
-                    metrics = self._step()
-                    log.write(json.dumps(metrics) + "\n")
+                    pending.append(self._step())
                     self.step += 1
                     whole = True
-                    if self.step % self.config.preview_every == 0:
+                    checkpoint_due = self.step % c.checkpoint_every == 0
+                    preview_due = self.step % c.preview_every == 0
+                    last = self.step == c.steps or self.stopping
+                    report_due = self.step % self.report_every == 0
+                    if not (last or checkpoint_due or preview_due or report_due):
+                        continue
+                    rows = self._report(log, pending, began)
+                    self._look_at(rows[-1])
+                    if preview_due:
                         export.preview(self.renderer, self.folder / "preview.png")
-                    if self.step % self.config.checkpoint_every == 0:
+                    if checkpoint_due:
                         log.flush()
                         self.save()
-                    yield metrics
-        finally:
-            if whole:  # a step that failed half-way must not be taken for one that was done
-                self.save()
+                    yield from rows
+                    began = time.perf_counter()
+            finally:
+                if whole:  # a step that failed half-way must not be taken for one that was done
+                    self._report(log, pending, began)
+                    self.save()
 
-    def _step(self) -> dict:
-        c, began = self.config, time.perf_counter()
+    def _step(self) -> Tensor:
+        """Make a step. Returns what the device measured, unread."""
+        c = self.config
         generator = step_generator(c.seed, self.step)
         if self.step % c.render.occupancy_every == 0:
-            self.renderer.update_occupancy(self._seed(generator))
+            self.renderer.update_occupancy(self._seeds(generator, 1))
+        draws = [self._draw(generator) for _ in range(c.accumulate)]
+        if self.step == 0:
+            self.renderer.make_room(draws[0].cameras, draws[0].seeds[:1])
+        if self.draws and self.device.type == "cuda":
+            for old, new in zip(self.draws, draws, strict=True):
+                old.copy_(new)  # where a graph reads them
+        else:
+            self.draws = draws
+        self.advance()
+        self.made += 1
+        return self.measured.clone()
 
+    def _draw(self, generator: torch.Generator) -> Draw:
+        c = self.config
         cameras = camera.sample(c.views, c.camera, generator)
-        background = self._background(generator)
-        rendering = self.renderer(cameras.to(self.device), self._seed(generator), background)
-
-        self.guidance.seconds = 0.0
-        self.guidance.set_cameras(cameras, background, generator)
-        cond = self.views[cameras.view_index().to(self.views.device)]
-        uncond = None
-        if self.unconditional is not None:
-            uncond = self.unconditional.expand_as(cond)
-        sds_loss = sds.loss(
-            self.guidance, rendering.image, cond, uncond, c.guidance, generator, self.step / c.steps
+        background = None
+        if c.render.background == "random":  # random colours tell the model what is transparent
+            background = torch.rand(c.views, 3, generator=generator)
+        if c.render.latent:
+            matrix, bias = self.colour_map
+            background = background @ matrix.T + bias
+        if hasattr(self.guidance.guide, "set_cameras"):
+            self.guidance.set_cameras(cameras, background, generator)
+        t = self.schedule.draw(c.views, self.step / c.steps, generator)
+        embedding, negative_weights = self.prompts(cameras)
+        return Draw(
+            cameras.to(self.device),
+            None if background is None else background.to(self.device),
+            self._seeds(generator, 2),
+            t.to(self.device),
+            embedding,
+            negative_weights,
+            torch.tensor([rate_share(self.step, c)]).to(self.device),
+            torch.tensor(opacity_weight(self.step, c)).to(self.device),
         )
-        opacity_loss = opacity_penalty(rendering.opacity)
-        loss = sds_loss + c.loss.opacity * opacity_loss
 
+    def _seeds(self, generator: torch.Generator, n: int) -> Tensor:
+        return torch.randint(2**62, (n,), generator=generator).to(self.device)
+
+    def _advance(self) -> None:
+        """Render, distil, step, measure: all on the device, reading self.draws."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        rate = rate_share(self.step, c)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["base_rate"]
+        for draw in self.draws:
+            measures = self._accumulate(draw)
+        self.rate.copy_(self.draws[0].rate)
         self.optimizer.step()
-        return self._metrics(began, rendering, sds_loss, opacity_loss)
+        measures += [self.bad[0], self.optimizer.skipped_on(self.device)[0]]
+        self.measured.copy_(torch.stack([x.detach().double() for x in measures]))
 
-    def _background(self, generator: torch.Generator) -> Tensor | None:
-        """Random colours tell the model what is transparent; None leaves it to the renderer."""
-        if self.config.render.background != "random":
-            return None
-        return torch.rand(self.config.views, 3, generator=generator).to(self.device)
+    def _accumulate(self, draw: Draw) -> list[Tensor]:
+        """Add one pass's gradients up."""
+        c = self.config
+        latent = c.render.latent
+        rendering = self.renderer(draw.cameras, draw.seeds[:1], draw.background, latent=latent)
+        z = rendering.image if latent else self.guidance.encode(rendering.image)
+        share = 1.0 / (c.views * c.accumulate)
+        gradient = sds.gradient(
+            self.guidance, z, draw.t, draw.seeds[1:], draw.embedding, self.schedule, self.bad,
+            draw.negative_weights, share,
+        )  # fmt: skip
+        opacity_loss = opacity_penalty(rendering.opacity)
+        total = draw.opacity / c.accumulate * opacity_loss
+        torch.autograd.backward((z, total), (gradient.to(z.dtype), torch.ones_like(total)))
+        spread = gradient.square().mean().sqrt() / share
+        return [spread, opacity_loss, rendering.opacity.mean(), rendering.count[0]]
 
-    def _seed(self, generator: torch.Generator) -> int:
-        return int(torch.randint(2**62, (), generator=generator))
+    def _report(self, log, pending: list[Tensor], began: float) -> list[dict]:
+        """Write the metrics of the pending steps, made since `began`. Waits for the device."""
+        n = len(pending)
+        values = torch.stack(pending).tolist() if n else []
+        pending.clear()
+        seconds, guided = time.perf_counter() - began, self.guidance.take_seconds()
+        rows = []
+        for i, measures in enumerate(values):
+            row = {"step": self.step - n + i} | dict(zip(MEASURES, measures, strict=True))
+            for name in ("samples", "views_skipped", "updates_skipped"):
+                row[name] = int(row[name])
+            row["samples_lost"] = max(0, row["samples"] - self.renderer.capacity)
+            row["seconds"] = round(seconds / n, 6)
+            row["guidance_share"] = None if guided is None else round(guided / seconds, 4)
+            rows.append(row)
+        log.writelines(json.dumps(row) + "\n" for row in rows)
+        return rows
 
-    def _metrics(
-        self, began: float, rendering: Rendering, sds_loss: Tensor, opacity_loss: Tensor
-    ) -> dict:
-        seconds = time.perf_counter() - began
-        wanted = int(rendering.count)
-        return {
-            "step": self.step,
-            "sds": float(sds_loss.detach()),
-            "opacity": float(opacity_loss.detach()),
-            "mean_opacity": float(rendering.opacity.detach().mean()),
-            "samples": wanted,
-            "samples_lost": max(0, wanted - rendering.capacity),
-            "updates_skipped": self.optimizer.skipped(),
-            "seconds": round(seconds, 6),
-            "guidance_share": round(self.guidance.seconds / seconds, 4),
-        }
+    def _look_at(self, row: dict) -> None:
+        """Draw conclusions from a step's metrics: give up, or make room for more samples."""
+        c = self.config
+        views = self.made * c.views * c.accumulate
+        if row["views_skipped"] == views and self.made >= min(HOPELESS, c.steps):
+            raise ValueError(
+                f"guidance: expected finite predictions, got none in {self.made} steps: try "
+                f"another dtype (bf16, fp32) or another scheduler"
+            )
+        if self.renderer.fit_capacity(row["samples"]):
+            self.advance.reset()
 
     def _build_optimizer(self) -> Adam:
         o, field = self.config.optimizer, self.renderer.field
@@ -162,10 +301,10 @@ class Trainer:
         if self.renderer.environment is not None:
             small += list(self.renderer.environment.parameters())
         groups = [
-            {"params": [field.table], "base_rate": o.table_rate},
-            {"params": small, "base_rate": o.mlp_rate},
+            {"params": [field.table], "lr": o.table_rate},
+            {"params": small, "lr": o.mlp_rate},
         ]
-        return Adam(groups, lr=o.mlp_rate, betas=o.betas, eps=o.eps)
+        return Adam(groups, betas=o.betas, eps=o.eps, rate=self.rate)
 
     def _start_files(self) -> None:
         text = json.dumps(self.config.to_dict(), indent=1)
@@ -200,11 +339,17 @@ class Trainer:
         self.renderer.capacity = int(tensors["capacity"])
 
 
+def load_guidance(config: RunConfig, device: torch.device):
+    """The guidance that a run's config names."""
+    g = config.guidance
+    return guidance.load(g.name, device, g.dtype, g.size, g.compile, g.low_memory)
+
+
 def check(config: RunConfig) -> None:
     """Raise ValueError for settings that cannot run."""
     if not config.prompt.strip():
         raise ValueError("argument `prompt`: expected a text, got an empty one")
-    for name in ("steps", "views", "checkpoint_every", "preview_every"):
+    for name in ("steps", "views", "accumulate", "checkpoint_every", "preview_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"argument `{name}`: expected at least 1, got {getattr(config, name)}")
     backgrounds = ("random", "grey", "environment")
@@ -222,6 +367,11 @@ def rate_share(step: int, config: RunConfig) -> float:
     return min(1.0, (step + 1) / o.warmup) * (o.final_share + (1.0 - o.final_share) * cosine)
 
 
+def opacity_weight(step: int, config: RunConfig) -> float:
+    start, end = config.loss.opacity, config.loss.opacity_end
+    return start if end is None else start + (end - start) * step / config.steps
+
+
 def opacity_penalty(opacity: Tensor) -> Tensor:
     """Sum over the pixels of sqrt(opacity² + 0.01), averaged over views (A.2)."""
     return (opacity.square() + 0.01).sqrt().sum() / len(opacity)
@@ -232,37 +382,6 @@ def _keep_lines(path: Path, n: int) -> None:
     if path.exists():
         kept = "".join(path.read_text().splitlines(keepends=True)[:n])
         checkpoint.write_atomically(path, lambda p: p.write_text(kept))
-
-
-class _Timed:
-    """Forwards to a guidance object and adds up the seconds spent in it."""
-
-    def __init__(self, guide):
-        self.guide, self.seconds = guide, 0.0
-
-    def __getattr__(self, name: str):
-        return getattr(self.guide, name)
-
-    def predict_noise(self, z_t: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
-        return self._timed(self.guide.predict_noise, z_t, t, embedding)
-
-    def set_cameras(self, *view) -> None:
-        """Tell a guidance that depends on the exact camera (it has this method) what comes."""
-        if hasattr(self.guide, "set_cameras"):
-            self._timed(self.guide.set_cameras, *view)
-
-    def _timed(self, call, *args):
-        self._wait()
-        began = time.perf_counter()
-        result = call(*args)
-        self._wait()
-        self.seconds += time.perf_counter() - began
-        return result
-
-    @staticmethod
-    def _wait() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
 
 
 def load_renderer(folder: Path, device="cpu") -> Renderer:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # read when triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from dreamfusion_fast import _cpu
 from dreamfusion_fast.ops import _backend

@@ -62,6 +62,18 @@ def test_resume_goes_on_to_more_steps(finished):
         (["a red car", "--steps", "0"], "argument `steps`: expected at least 1, got 0"),
         (["a red car", "--steps", "-5"], "argument `steps`: expected at least 1, got -5"),
         (["a red car", "--guidance", "no/such"], "guidance `no/such`: expected toybox, exemplar"),
+        (
+            ["a red car", "--set", "guidance.scael=3"],
+            "setting's name, e.g. guidance.scale, got gui",
+        ),
+        (["a red car", "--set", "views"], "argument `--set`: expected name=value, got 'views'"),
+        (
+            ["a red car", "--set", "views=many"],
+            "config `views`: expected a value like 4, got 'many'",
+        ),
+        (["a red car", "--image-size", "128"], "`image_size`: expected 64, the size that the guid"),
+        (["a red car", "--dtype", "fp8"], "argument `dtype`: expected one of fp32, fp16, bf16"),
+        (["a red car", "--negative", "ugly"], "does not know `ugly`"),
         (["a red car", "--device", "tpu"], "argument `--device`: expected cpu, cuda or auto"),
     ],
 )

@@ -13,7 +13,13 @@ from safetensors.torch import save_file
 
 from dreamfusion_fast import camera, checkpoint
 from dreamfusion_fast.config import FieldConfig, RenderConfig, RunConfig
-from dreamfusion_fast.train import Trainer, load_renderer, opacity_penalty, rate_share
+from dreamfusion_fast.train import (
+    Trainer,
+    load_renderer,
+    opacity_penalty,
+    opacity_weight,
+    rate_share,
+)
 
 
 class Orange:
@@ -28,7 +34,7 @@ class Orange:
     def encode(self, image):
         return image * 2 - 1
 
-    def predict_noise(self, z_t, t, embedding):
+    def predict(self, z_t, t, embedding):
         x = torch.tensor([1.0, 0.0, -1.0])[None, :, None, None].expand_as(z_t)
         a = self.alphas_cumprod[t][:, None, None, None]
         return (z_t - a.sqrt() * x) / (1 - a).sqrt()
@@ -191,11 +197,46 @@ def test_config_round_trip_and_unknown_keys():
         RunConfig.from_dict({"field": {"widht": 3}})
 
 
+@pytest.mark.parametrize(
+    "name, value, kept",
+    [
+        ("steps", 7, 7),
+        ("guidance.scale", 7, 7.0),
+        ("guidance.t_range", [0.1, 0.5], (0.1, 0.5)),
+        ("guidance.size", 512, 512),
+        ("render.background", "grey", "grey"),
+        ("guidance.low_memory", True, True),
+    ],
+)
+def test_change_a_setting(name, value, kept):
+    config = tiny()
+    config.change(name, value)
+    owner, _, last = name.rpartition(".")
+    assert getattr(getattr(config, owner) if owner else config, last) == kept
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("step", 7), ("guidance", {}), ("a.b.c", 1), ("steps", 1.5), ("steps", True),
+     ("guidance.t_range", [0.1]), ("guidance.low_memory", 1), ("camera.scale", 1.0)],
+)  # fmt: skip
+def test_settings_that_cannot_be_changed(name, value):
+    with pytest.raises(ValueError, match="config"):
+        tiny().change(name, value)
+
+
 def test_rates_warm_up_and_decay():
     config = tiny(steps=1000)
     shares = [rate_share(k, config) for k in range(1000)]
     assert shares[0] == pytest.approx(1 / config.optimizer.warmup, rel=0.01)
     assert max(shares) <= 1 and shares[-1] == pytest.approx(config.optimizer.final_share, abs=0.01)
+
+
+def test_opacity_weight_goes_linearly_to_its_end():
+    config = tiny(steps=100)
+    assert [opacity_weight(k, config) for k in (0, 99)] == [config.loss.opacity] * 2
+    config.loss.opacity, config.loss.opacity_end = 0.4, 0.2
+    assert [opacity_weight(k, config) for k in (0, 50)] == pytest.approx([0.4, 0.3])
 
 
 def test_opacity_penalty_is_the_papers():

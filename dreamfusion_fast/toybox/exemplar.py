@@ -76,7 +76,7 @@ class ExemplarGuidance:
         """Image (B, 3, 64, 64) in [0, 1] to [-1, 1]."""
         return image * 2.0 - 1.0
 
-    def predict_noise(self, z_t: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
+    def predict(self, z_t: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
         """The exact noise, z_t (B, 3, 64, 64), t (B,)."""
         noise = exact_noise(z_t.flatten(1), self.alphas_cumprod[t], self.pictures)
         return noise.view_as(z_t)

@@ -27,6 +27,7 @@ class Scorer:
         # torch's fused attention is many times slower than two matmuls at the toybox's sizes.
         model = CLIPModel.from_pretrained(folder, attn_implementation="eager")
         self.model = model.float().eval().requires_grad_(False).to(self.device)
+        self.image_size = model.config.vision_config.image_size  # pixels
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         processor = ImageProcessingMixin.get_image_processor_dict(folder)[0]
         self.mean, self.std = (
@@ -51,7 +52,7 @@ class Scorer:
         return float((self.similarities(images, prompts).argmax(1) == index).float().mean())
 
     def _embed_images(self, images: Tensor) -> Tensor:
-        size = self.model.config.vision_config.image_size
+        size = self.image_size
         x = images.to(self.device, torch.float32)
         if x.shape[-1] != size:
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)

@@ -1,0 +1,1 @@
+"""Triton kernels, one module a subject; each is called by the module that holds its twin."""
