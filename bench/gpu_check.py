@@ -39,6 +39,7 @@ STAGES = (
     ("memcheck", 60, 20),
     ("benchmarks", 200, 110),
     ("steps", 60, 40),
+    ("sds", 60, 20),
     ("racecheck", 60, 0),
 )
 SLOWER = 4  # a rehearsal's limits, for a machine of few cores

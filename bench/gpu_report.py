@@ -39,6 +39,8 @@ def markdown(record: dict) -> str:
                   _benchmarks(record["benchmarks"] + record["compile"])]  # fmt: skip
     if record.get("steps"):
         parts += [f"## A step without guidance ({kind})", _steps(record["steps"])]
+    if record.get("sds"):
+        parts += [f"## SDS around the U-Net ({kind})", "\n".join(record["sds"])]
     return "\n\n".join(parts) + "\n"
 
 

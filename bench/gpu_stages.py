@@ -164,6 +164,7 @@ def tests(check, limit: float) -> dict:
     names = REHEARSED_TESTS if check.rehearsal else gpu_build.stems(check.root)
     select = "cpu and twin and float32" if check.rehearsal else "cuda"
     commands = {n: pytest_command([f"tests/test_{n}.py"], select) for n in names}
+    commands["sds"] = pytest_command(["tests/test_sds.py"], "triton")
     return _run_tests(check, commands, limit, min(TEST_JOBS, check.jobs))
 
 
@@ -279,6 +280,16 @@ def steps(check, limit: float) -> dict:
             **({"error": "; ".join(problems)} if problems else {})}  # fmt: skip
 
 
+def sds(check, limit: float) -> dict:
+    """The arithmetic around the U-Net: Triton's kernels against the usual lines."""
+    result = run([sys.executable, "bench/sds.py", "--device", check.device], limit, check.root,
+                 check.env)  # fmt: skip
+    table = [line for line in result["output"].splitlines() if line.startswith("|")]
+    check.record["sds"] = table
+    ratios = "; ".join(line.strip("| ") for line in table[2:])
+    return {"ok": result["status"] == 0, "note": ratios, **_problem(result)}
+
+
 STAGES = {
     "environment": environment,
     "build": build,
@@ -288,5 +299,6 @@ STAGES = {
     "memcheck": sanitizer("memcheck"),
     "benchmarks": benchmarks,
     "steps": steps,
+    "sds": sds,
     "racecheck": sanitizer("racecheck"),
 }

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from dreamfusion_fast import sds
+from dreamfusion_fast import graph, sds
 from dreamfusion_fast.config import GuidanceConfig
 
 ALPHAS = torch.linspace(0.999, 0.001, 100)
@@ -105,6 +105,51 @@ def test_a_view_that_is_not_finite_is_left_out_and_counted():
     got = sds.guide(prediction, prediction, t, where, ALPHAS, ALPHAS, bad)
     assert bad.item() == 5 and (got[1] == 0).all()
     assert torch.equal(got[[0, 2]], whole[[0, 2]])
+
+
+class Exact:
+    """The exact score of a few pictures of 48 numbers, all alike likely."""
+
+    def __init__(self, pictures):
+        self.pictures = pictures
+
+    def predict(self, z_t, t, embedding):
+        from dreamfusion_fast.toybox.exemplar import exact_noise  # needs diffusers
+
+        pictures = self.pictures.to(z_t).expand(len(z_t), -1, -1)
+        noise = exact_noise(z_t.flatten(1), ALPHAS[t].to(z_t), pictures)
+        return noise.view_as(z_t)
+
+
+def test_exact_scores_give_the_closed_form(seed):
+    """Perturb and guide, against the formulas in float64."""
+    guide, n = Exact(torch.rand(3, 48) * 2 - 1), 5
+    schedule = sds.Schedule(ALPHAS, GuidanceConfig(scale=0.0))
+    z, t, where = torch.randn(n, 3, 4, 4), torch.randint(5, 95, (n,)), random_seed(seed)
+    bad = torch.zeros(1).int()
+    got = sds.gradient(guide, z, t, where, torch.zeros(n, 1), schedule, bad)
+    noise = sds.normals(where, n, 48).view_as(z).double()
+    a = ALPHAS[t].double()[:, None, None, None]
+    hat = guide.predict(a.sqrt() * z + (1 - a).sqrt() * noise, t, None)
+    torch.testing.assert_close(got, ((1 - a) * (hat - noise)).float(), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("t, most", [(90, 0.5), (20, 0.01)])
+def test_the_control_variate_keeps_the_mean_and_lowers_the_variance(t, most, seed):
+    """Equation 3 with and without - eps: means agree, of 4000 draws of the noise."""
+    guide, n = Exact(torch.rand(3, 48) * 2 - 1), 4000
+    schedule = sds.Schedule(ALPHAS, GuidanceConfig(scale=0.0))
+    z = guide.pictures[0].view(1, 3, 4, 4).repeat(n, 1, 1, 1)
+    where = random_seed(seed)
+    times = torch.full((n,), t)
+    bad = torch.zeros(1).int()
+    with_it = sds.gradient(guide, z, times, where, torch.zeros(n, 1), schedule, bad).flatten(1)
+    without = with_it + schedule.weights[t] * sds.normals(where, n, 48)
+    error = (without.var(0) / n).sqrt()
+    assert ((with_it.mean(0) - without.mean(0)).abs() < 5 * error).all()
+    ratio = float(with_it.var(0).mean() / without.var(0).mean())
+    print(f"alpha² = {ALPHAS[t]:.2f}: variance with the control variate is {ratio:.4f} of without")
+    assert ratio < most
 
 
 # ---- noise and time -----------------------------------------------------------------------------
@@ -269,6 +314,30 @@ def test_triton_guide(
     else:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert bad[0].item() == there[-1].item()
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="a CUDA graph needs a GPU")
+def test_triton_in_a_graph(seed):
+    """Replays read the seed, the times and the picture anew."""
+    z, t = torch.randn(2, 4, 8, 8, device=DEVICE), torch.tensor([10, 50], device=DEVICE)
+    where, bad = random_seed(seed).to(DEVICE), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    schedule = sds.Schedule(ALPHAS.to(DEVICE), GuidanceConfig(scale=3.0))
+    embedding, out = torch.tensor([0.5, 0.3, 0.2, 0.9], device=DEVICE), torch.zeros_like(z)
+
+    def step():
+        out.copy_(sds.gradient(Shrink(), z, t, where, embedding, schedule, bad))
+
+    captured = graph.Captured(step, DEVICE)
+    for k in range(6):
+        z.normal_()
+        t.copy_(torch.tensor([k, 90 - k]))
+        where += 1
+        captured()
+        on_cpu = sds.Schedule(ALPHAS, GuidanceConfig(scale=3.0))
+        given = [x.cpu() for x in (z, t, where, embedding)]
+        want = sds.gradient(Shrink(), *given, on_cpu, torch.zeros(1).int())
+        torch.testing.assert_close(out.cpu(), want, rtol=1e-4, atol=1e-4)
+    assert captured.graph is not None
 
 
 def test_triton_takes_no_strided_rows(kernels):
