@@ -68,6 +68,7 @@ class GuidanceConfig:
     size: int | None = None  # side of what a latent model sees, pixels; None: its own
     compile: bool = False  # the U-Net, by torch.compile
     low_memory: bool = False  # slower, for small GPUs
+    tiny_vae: str | None = None  # folder or hub name of an AutoencoderTiny, e.g. madebyollin/taesd
     scale: float = 10.0  # omega of (1 + omega) eps_cond - omega eps_uncond; 100 (paper)
     negative: str = ""  # text in the place of the empty one
     view_text: str = "nearest"  # front, side, back: the nearest's text (paper) | interpolate

@@ -342,7 +342,7 @@ class Trainer:
 def load_guidance(config: RunConfig, device: torch.device):
     """The guidance that a run's config names."""
     g = config.guidance
-    return guidance.load(g.name, device, g.dtype, g.size, g.compile, g.low_memory)
+    return guidance.load(g.name, device, g.dtype, g.size, g.compile, g.low_memory, g.tiny_vae)
 
 
 def check(config: RunConfig) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDPMScheduler,
     IFPipeline,
     StableDiffusionPipeline,
@@ -84,6 +85,12 @@ def vae() -> AutoencoderKL:
 
 def scheduler(**settings) -> DDPMScheduler:
     return DDPMScheduler(steps_offset=1, clip_sample=False, **settings)
+
+
+def tiny_vae() -> AutoencoderTiny:
+    sizes = dict(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8))
+    blocks = dict(num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+    return AutoencoderTiny(latent_channels=4, **sizes, **blocks)
 
 
 def build(family: str, folder: Path):

@@ -91,10 +91,25 @@ def test_latent_guidance_takes_any_picture_and_sizes_that_halve(folders):
         guidance.load(str(folders["if"]), size=16)
 
 
+def test_a_tiny_vae_takes_the_place_of_the_pipelines(folders, tmp_path):
+    pipelines.tiny_vae().save_pretrained(tmp_path / "tiny")
+    guide = guidance.load(str(folders["sd"]), tiny_vae=str(tmp_path / "tiny"))
+    picture = torch.rand(1, 3, 16, 16, requires_grad=True)
+    z = guide.encode(picture)
+    z.sum().backward()
+    assert z.shape == (1, 4, 8, 8) and picture.grad.any()
+    assert guide.decode(z.detach()).shape == picture.shape
+    with pytest.raises(ValueError, match=r"expected the folder or hub name of an AutoencoderTiny"):
+        guidance.load(str(folders["sd"]), tiny_vae=str(tmp_path))
+    with pytest.raises(ValueError, match="`tiny_vae`: expected a latent pipeline"):
+        guidance.load(str(folders["if"]), tiny_vae=str(tmp_path / "tiny"))
+
+
 def test_low_memory_changes_nothing_that_matters(folders):
     picture = torch.rand(2, 3, 16, 16)
     plain, low = (guidance.load(str(folders["sd"]), low_memory=x) for x in (False, True))
     torch.testing.assert_close(plain.encode(picture), low.encode(picture), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plain.embed([PROMPT]), low.embed([PROMPT]))
 
 
 def test_sdxl_has_zeros_for_the_empty_prompt_and_a_pooled_row(folders):

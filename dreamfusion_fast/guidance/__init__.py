@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from .diffusers_pipeline import DTYPES, DiffusersGuidance, load_pipeline
+from .diffusers_pipeline import DTYPES, DiffusersGuidance, load_pipeline, load_tiny_vae
 
 __all__ = ["HUB", "DiffusersGuidance", "load", "load_pipeline"]
 
@@ -30,11 +30,13 @@ def load(
     size: int | None = None,
     compile: bool = False,
     low_memory: bool = False,
+    tiny_vae: str | None = None,
 ):
     """The guidance called `name`: "toybox" (the embedded prior), "exemplar" (the toybox's exact
     score), a name of HUB, or the folder or hub name of a diffusers text-to-image pipeline.
 
-    dtype: fp32, fp16, bf16, or auto: fp16 on CUDA, fp32 elsewhere. The rest as in
+    dtype: fp32, fp16, bf16, or auto: fp16 on CUDA, fp32 elsewhere. tiny_vae: the folder or hub name
+    of an AutoencoderTiny that takes the place of a latent pipeline's VAE. The rest as in
     DiffusersGuidance. Raises ValueError when there is no such pipeline or it is incomplete.
     """
     from .. import toybox  # it builds on this module
@@ -48,4 +50,9 @@ def load(
         return toybox.load_prior(device, **options)
     on_cpu = torch.device(device).type == "cpu"
     weights = torch.float32 if on_cpu else DTYPES.get(dtype, torch.float32)
-    return DiffusersGuidance(load_pipeline(HUB.get(name, name), weights), device, **options)
+    pipeline = load_pipeline(HUB.get(name, name), weights)
+    if tiny_vae and getattr(pipeline, "vae", None) is None:
+        raise ValueError(f"argument `tiny_vae`: expected a latent pipeline beside it, got `{name}`")
+    if tiny_vae:
+        pipeline.vae = load_tiny_vae(tiny_vae, weights)
+    return DiffusersGuidance(pipeline, device, **options)

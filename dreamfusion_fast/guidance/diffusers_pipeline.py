@@ -12,7 +12,7 @@ import diffusers
 import torch
 import torch.nn.functional as F
 import transformers
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline
 from diffusers.models.attention_processor import AttnAddedKVProcessor, AttnProcessor
 from torch import Tensor
 
@@ -52,6 +52,20 @@ def _advice(reason: str) -> str:
     return ""
 
 
+def load_tiny_vae(name: str, dtype: torch.dtype) -> AutoencoderTiny:
+    """A distilled autoencoder, e.g. madebyollin/taesd: rougher latents in a fraction of the time
+    and memory. Raises ValueError when it cannot be had."""
+    try:
+        with _quiet():
+            return AutoencoderTiny.from_pretrained(name, torch_dtype=dtype)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"guidance: expected the folder or hub name of an AutoencoderTiny, got `{name}`: "
+            f"{reason}{_advice(reason)}"
+        ) from error
+
+
 @contextlib.contextmanager
 def _quiet():
     """Without the libraries' progress bars and notes: a T5 that is a CLIP here is on purpose."""
@@ -84,7 +98,7 @@ class DiffusersGuidance:
         dtype: fp32, fp16 or bf16. A CPU has no fast fp16: it takes fp32, and says so.
         size: side of the picture that a latent model sees, pixels; None: what it was trained for.
         compile: run the U-Net through torch.compile.
-        low_memory: encode pictures one by one, in tiles.
+        low_memory: encode pictures one by one, in tiles, and texts on the CPU.
     Attributes:
         alphas_cumprod: (T,) float32 on the device, alpha_t² of the schedule.
         image_size: side of the square picture, pixels.
@@ -110,7 +124,7 @@ class DiffusersGuidance:
         self.device, self.dtype = torch.device(device), _dtype(dtype, torch.device(device))
         self.unet = frozen(pipeline.unet, self.device, self.dtype)
         self.unet.to(memory_format=torch.channels_last)
-        self.text = TextEncoders(pipeline, self.device, self.dtype, check_prompt)
+        self.text = TextEncoders(pipeline, self.device, self.dtype, check_prompt, low_memory)
         self.prediction_type = pipeline.scheduler.config.prediction_type
         self.alphas_cumprod = pipeline.scheduler.alphas_cumprod.to(self.device, torch.float32)
         self.vae = getattr(pipeline, "vae", None)

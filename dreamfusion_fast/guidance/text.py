@@ -19,16 +19,27 @@ class TextEncoders:
 
     Args:
         pipeline: has tokenizer and text_encoder, and perhaps tokenizer_2 and text_encoder_2.
+        device, dtype: of the embeddings.
+        on_cpu: run the encoders on the CPU, in float32: slower, and no load for a GPU.
         check_prompt: called with each prompt that is not empty; raises ValueError for what the
             model cannot mean.
     """
 
-    def __init__(self, pipeline, device, dtype, check_prompt: Callable[[str], None] | None = None):
-        self.device, self.check_prompt = device, check_prompt
+    def __init__(
+        self,
+        pipeline,
+        device,
+        dtype,
+        check_prompt: Callable[[str], None] | None = None,
+        on_cpu: bool = False,
+    ):
+        self.device, self.dtype, self.check_prompt = device, dtype, check_prompt
+        self.where = torch.device("cpu") if on_cpu else device
         pairs = [(pipeline.tokenizer, pipeline.text_encoder)]
         if getattr(pipeline, "text_encoder_2", None) is not None:
             pairs.append((pipeline.tokenizer_2, pipeline.text_encoder_2))
-        self.pairs = [(t, frozen(e, device, dtype)) for t, e in pairs]
+        own = torch.float32 if on_cpu else dtype
+        self.pairs = [(t, frozen(e, self.where, own)) for t, e in pairs]
         self.pooled = len(pairs) == 2
         self.pooled_width = pairs[-1][1].config.projection_dim if self.pooled else 0
         # Of SDXL's base model, whose unconditional half was trained on zeros.
@@ -46,9 +57,9 @@ class TextEncoders:
         states = []
         for tokenizer, encoder in self.pairs:
             tokens = self._tokens(tokenizer, prompts)
-            mask = tokens.attention_mask.to(self.device) if _is_t5(encoder) else None
+            mask = tokens.attention_mask.to(self.where) if _is_t5(encoder) else None
             out = encoder(
-                tokens.input_ids.to(self.device),
+                tokens.input_ids.to(self.where),
                 attention_mask=mask,
                 output_hidden_states=self.pooled,
             )
@@ -59,9 +70,9 @@ class TextEncoders:
             row = torch.nn.functional.pad(row, (0, embedding.shape[-1] - row.shape[-1]))
             embedding = torch.cat((embedding, row[:, None]), 1)
         if self.empty_is_zero:
-            empty = torch.tensor([not text for text in prompts], device=self.device)
+            empty = torch.tensor([not text for text in prompts], device=self.where)
             embedding = torch.where(empty[:, None, None], 0.0, embedding)
-        return embedding
+        return embedding.to(self.device, self.dtype)
 
     def split(self, embedding: Tensor) -> tuple[Tensor, Tensor | None]:
         """What cross-attention sees, and the pooled vector (B, width), if there is one."""
