@@ -36,9 +36,10 @@ def usual(z, t, alphas, weights, prediction):
 
 
 def ours(z, t, alphas, weights, prediction, seed, bad):
-    model_input = sds.perturb(z, t, seed, alphas, 2, prediction.dtype)
+    noise = None if z.is_cuda else sds.normals(seed, len(z), z[0].numel())
+    model_input = sds.perturb(z, t, seed, alphas, 2, prediction.dtype, noise=noise)
     gradient = sds.guide(
-        prediction, model_input, t, seed, alphas, weights, bad, SCALE, share=1 / len(z)
+        prediction, model_input, t, seed, alphas, weights, bad, SCALE, share=1 / len(z), noise=noise
     )
     return model_input, gradient
 

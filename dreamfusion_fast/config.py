@@ -44,6 +44,7 @@ class FieldConfig:
     blob_density: float = 5.0  # added to the density's logarithm (paper: lambda_tau)
     blob_std: float = 0.2  # scene units (paper: sigma_tau)
     channels: int = 3  # of colour; others hold latents of a guidance, see RenderConfig.latent
+    half: bool = False  # float16 tables and MLP beside float32 masters; GPUs only
     density_bias: float = -2.0  # likewise: an untrained scene is a blob in thin fog
 
 

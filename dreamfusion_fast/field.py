@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import FieldConfig
-from .ops import frequency_encode, hash_encode, hash_table_rows, mlp, mlp_parameters
+from .ops import frequency_encode, has_half, hash_encode, hash_table_rows, mlp, mlp_parameters
 
 LOG_DENSITY_MAX = 8.0  # exp of more would only make gradients explode: a bin is opaque long before
 
@@ -40,21 +40,40 @@ class Field(nn.Module):
         table = (torch.rand(rows, config.features, generator=generator) * 2 - 1) * 1e-4
         self.table = nn.Parameter(table)
         self.weights = nn.Parameter(_he_uniform(self.widths, generator))
+        if config.half:
+            for name in ("table", "weights"):
+                copy = getattr(self, name).detach().half()
+                self.register_buffer(f"{name}_half", copy, persistent=False)
         if config.channels != 3:
             self.register_buffer("to_rgb", torch.zeros(3, config.channels))
             self.register_buffer("rgb_bias", torch.zeros(3))
+
+    def half_copies(self) -> dict[nn.Parameter, Tensor]:
+        """Master -> float16 copy, for the optimizer to keep equal; none without config.half."""
+        if not self.config.half:
+            return {}
+        return {self.table: self.table_half, self.weights: self.weights_half}
+
+    def refresh_half(self) -> None:
+        """Round the masters again: they were loaded."""
+        for master, copy in self.half_copies().items():
+            copy.copy_(master.detach())
 
     def forward(
         self, positions: Tensor, count: Tensor | None = None, latent: bool = False
     ) -> tuple[Tensor, Tensor]:
         """positions (N, 3), scene units; count (1,) int32, number of valid rows.
         Returns sigma (N,) in 1 / scene unit and albedo (N, 3) in [0, 1]; or latents
-        (N, channels), if the field has them and they are asked for."""
+        (N, channels), if the field has them and they are asked for. With config.half the grid and
+        the MLP work in float16 where the device's kernels can, else in float32."""
         x = positions / (2.0 * self.config.radius) + 0.5
-        features = hash_encode(
-            x, self.table, **self.grid, interpolation=self.config.interpolation, count=count
-        )
-        out = mlp(features, self.weights, self.widths, self.config.activation, count=count)
+        half = self.config.half and has_half(positions)
+        first, second = ({}, {})
+        if half:
+            first, second = {"table_half": self.table_half}, {"params_half": self.weights_half}
+        way, activation = self.config.interpolation, self.config.activation
+        features = hash_encode(x, self.table, **self.grid, interpolation=way, count=count, **first)
+        out = mlp(features, self.weights, self.widths, activation, count=count, **second).float()
         blob = self.config.blob_density * torch.exp(
             positions.square().sum(-1) / (-2.0 * self.config.blob_std**2)
         )

@@ -121,6 +121,7 @@ def perturb(
     copies: int = 1,
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """z_t = alpha_t z + sigma_t eps in `dtype`, `copies` times: the model's input for all
     conditions of a batch.
@@ -131,6 +132,7 @@ def perturb(
         seed: (1,) int64, of the noise.
         alphas_cumprod: (T,) float32, alpha_t².
         channels_last: the memory format of the result.
+        noise: what normals makes of the seed, if it is at hand; on CUDA it never is.
     Returns:
         (copies * B, C, H, W), the first B rows for the first condition, and so on.
     """
@@ -144,7 +146,7 @@ def perturb(
         kernels.perturb(z, t, seed, alphas_cumprod, out)
         return out
     alpha2 = alphas_cumprod[t][:, None, None, None]
-    noise = normals(seed, len(z), z[0].numel()).view_as(z)
+    noise = (normals(seed, len(z), z[0].numel()) if noise is None else noise).view_as(z)
     noisy = alpha2.sqrt() * z + (1.0 - alpha2).sqrt() * noise
     return noisy.to(dtype).repeat(copies, 1, 1, 1).contiguous(memory_format=layout)
 
@@ -163,6 +165,7 @@ def guide(
     rescale: float = 0.0,
     clip: float = math.inf,
     share: float = 1.0,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """The gradient share * w(t) (eps_hat - eps) with respect to z (equation 3).
 
@@ -187,6 +190,7 @@ def guide(
         rescale: 0 (off) to 1.
         clip: largest size of a number of the gradient, before `share`.
         share: a factor, one over the number of views whose gradients are added up.
+        noise: as in perturb.
     Returns:
         (B, C, H, W) float32, contiguous.
     """
@@ -207,7 +211,7 @@ def guide(
     alpha2 = alphas_cumprod[t][:, None, None, None]
     if prediction_type == "v_prediction":
         guided = alpha2.sqrt() * guided + (1.0 - alpha2).sqrt() * z_t[:n].float()
-    noise = normals(seed, n, cond[0].numel()).view_as(cond)
+    noise = (normals(seed, n, cond[0].numel()) if noise is None else noise).view_as(cond)
     gradient = weights[t][:, None, None, None] * (guided - noise)
     finite = gradient.isfinite().flatten(1).all(1)
     bad += (~finite).sum()
@@ -283,13 +287,14 @@ def gradient(
     """
     config, n = schedule.config, len(z)
     copies = len(embedding) // n
+    noise = None if z.is_cuda else normals(seed, n, z[0].numel())  # once, where it costs
     z_t = perturb(
         z.detach().float().contiguous(), t, seed, schedule.alphas_cumprod, copies,
-        getattr(guidance, "dtype", torch.float32), getattr(guidance, "channels_last", False),
+        getattr(guidance, "dtype", torch.float32), getattr(guidance, "channels_last", False), noise,
     )  # fmt: skip
     prediction = guidance.predict(z_t, t.repeat(copies), embedding)
     return guide(
         prediction, z_t, t, seed, schedule.alphas_cumprod, schedule.weights, bad, config.scale,
         negative_weights, getattr(guidance, "prediction_type", "epsilon"), config.rescale,
-        config.clip or math.inf, share,
+        config.clip or math.inf, share, noise,
     )  # fmt: skip

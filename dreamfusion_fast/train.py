@@ -23,12 +23,13 @@ from .config import RunConfig
 from .field import Field
 from .graph import Captured
 from .guidance.timed import Timed
-from .ops.adam import Adam
+from .ops import Adam, has_half
 from .prompting import Prompts
 from .render import Renderer
 
 MEASURES = ("sds", "opacity", "mean_opacity", "samples", "views_skipped", "updates_skipped")
 REPORT_EVERY = 10  # steps, on a GPU: reading what it measured waits for it
+HALF_SCALE = 128.0  # of the loss: keeps gradients in float16's range
 HOPELESS = 10  # steps without a single finite view: the run is given up
 
 
@@ -100,6 +101,11 @@ class Trainer:
         generator = torch.Generator().manual_seed(config.seed)
         field = Field(config.field, generator)
         self.renderer = Renderer(field, config.render, generator).to(self.device)
+        if config.field.half and not has_half(field.table):
+            raise ValueError(
+                f"config `half`: expected false, as the kernels on {self.device} have no float16"
+            )
+        self.grad_scale = HALF_SCALE if config.field.half else 1.0
         if config.render.latent:
             self._set_colour_map()
         self.rate = torch.ones(1, device=self.device)  # of Adam, a factor
@@ -244,7 +250,7 @@ class Trainer:
         for draw in self.draws:
             measures = self._accumulate(draw)
         self.rate.copy_(self.draws[0].rate)
-        self.optimizer.step()
+        self.optimizer.step(grad_scale=self.grad_scale)
         measures += [self.bad[0], self.optimizer.skipped_on(self.device)[0]]
         self.measured.copy_(torch.stack([x.detach().double() for x in measures]))
 
@@ -257,12 +263,12 @@ class Trainer:
         share = 1.0 / (c.views * c.accumulate)
         gradient = sds.gradient(
             self.guidance, z, draw.t, draw.seeds[1:], draw.embedding, self.schedule, self.bad,
-            draw.negative_weights, share,
+            draw.negative_weights, self.grad_scale * share,
         )  # fmt: skip
         opacity_loss = opacity_penalty(rendering.opacity)
-        total = draw.opacity / c.accumulate * opacity_loss
+        total = self.grad_scale / c.accumulate * draw.opacity * opacity_loss
         torch.autograd.backward((z, total), (gradient.to(z.dtype), torch.ones_like(total)))
-        spread = gradient.square().mean().sqrt() / share
+        spread = gradient.square().mean().sqrt() / (self.grad_scale * share)
         return [spread, opacity_loss, rendering.opacity.mean(), rendering.count[0]]
 
     def _report(self, log, pending: list[Tensor], began: float) -> list[dict]:
@@ -304,7 +310,8 @@ class Trainer:
             {"params": [field.table], "lr": o.table_rate},
             {"params": small, "lr": o.mlp_rate},
         ]
-        return Adam(groups, betas=o.betas, eps=o.eps, rate=self.rate)
+        half_copies = field.half_copies()
+        return Adam(groups, betas=o.betas, eps=o.eps, half_copies=half_copies, rate=self.rate)
 
     def _start_files(self) -> None:
         text = json.dumps(self.config.to_dict(), indent=1)
@@ -328,6 +335,7 @@ class Trainer:
                 f"{self.config.prompt!r}"
             )
         self.renderer.load_state_dict(model_tensors(tensors))
+        self.renderer.field.refresh_half()
         state: dict[int, dict] = {}
         for key, value in tensors.items():
             if key.startswith("adam."):
@@ -391,6 +399,7 @@ def load_renderer(folder: Path, device="cpu") -> Renderer:
     generator = torch.Generator().manual_seed(config.seed)
     renderer = Renderer(Field(config.field, generator), config.render, generator).to(device)
     renderer.load_state_dict(model_tensors(tensors))
+    renderer.field.refresh_half()
     renderer.capacity = int(tensors["capacity"])
     return renderer
 

@@ -4,6 +4,7 @@ Every op has a plain-torch twin of the same name in `reference`: the specificati
 """
 
 # One line a stem, alphabetical; in __all__ one line an op.
+from ._backend import has_half
 from .adam import Adam, adam_step
 from .composite import composite
 from .frequency_encode import frequency_encode
@@ -21,6 +22,7 @@ __all__ = [
     "composite",
     "frequency_encode",
     "generate_rays",
+    "has_half",
     "hash_encode",
     "hash_table_rows",
     "march",

@@ -44,6 +44,12 @@ def kernels(tensor: torch.Tensor):
     return _cuda
 
 
+def has_half(tensor: torch.Tensor) -> bool:
+    """Whether the kernels of the tensor's device work in float16: table_half, params_half,
+    param_half."""
+    return kernels(tensor).has_half
+
+
 def stream(tensor: torch.Tensor) -> int:
     """The address of the current CUDA stream of the tensor's device; 0 on the CPU."""
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
