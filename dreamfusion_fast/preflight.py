@@ -65,15 +65,20 @@ class _Attention(torch.autograd.Function):
 
 
 class _Flash(TorchFunctionMode):
+    def __init__(self, on: bool):
+        super().__init__()
+        self.on = on
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.nn.functional.scaled_dot_product_attention:
+        if self.on and function is torch.nn.functional.scaled_dot_product_attention:
             given = dict(zip(("query", "key", "value"), args)) | (kwargs or {})
             return _Attention.apply(given["query"], given["key"], given["value"])
         return function(*args, **(kwargs or {}))
 
 
-def prediction_bytes(guide, views: int, conditions: int) -> int:
-    """The most that lives while a DiffusersGuidance predicts for all conditions of the views."""
+def prediction_bytes(guide, views: int, conditions: int, flash: bool = True) -> int:
+    """The most that lives while a DiffusersGuidance predicts for all conditions of the views.
+    flash: attention keeps no matrix of all pairs."""
     config = guide.unet.config
     with torch.device("meta"):
         unet = frozen(type(guide.unet).from_config(config), "meta", guide.dtype)
@@ -91,12 +96,12 @@ def prediction_bytes(guide, views: int, conditions: int) -> int:
         if guide.text.pooled:
             pooled = torch.empty(n, guide.text.pooled_width, dtype=guide.dtype)
             added = {"text_embeds": pooled, "time_ids": torch.empty(n, 6, dtype=guide.dtype)}
-        with torch.no_grad(), _Flash(), Living(unet) as living:
+        with torch.no_grad(), _Flash(flash), Living(unet) as living:
             unet(z_t, torch.empty(n, dtype=torch.long), tokens, added_cond_kwargs=added)
     return living.peak
 
 
-def encoding_bytes(guide, views: int) -> int:
+def encoding_bytes(guide, views: int, flash: bool = True) -> int:
     """The most that lives while the VAE encodes, with what its gradient needs."""
     if guide.vae is None:
         return 0
@@ -104,10 +109,10 @@ def encoding_bytes(guide, views: int) -> int:
     with torch.device("meta"):
         vae = frozen(type(guide.vae).from_config(guide.vae.config), "meta", guide.vae.dtype)
         image = torch.empty(views, 3, side, side, dtype=guide.vae.dtype, requires_grad=True)
-        with _Flash(), Living(vae) as living:
+        with _Flash(flash), Living(vae) as living:
             out = vae.encode(image)
             z = out.latent_dist.mean if hasattr(out, "latent_dist") else out.latents
-            torch.autograd.grad(z.sum(), image)
+            z.sum().backward()
     return living.peak
 
 

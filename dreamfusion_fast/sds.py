@@ -203,7 +203,7 @@ def guide(
             prediction_type == "v_prediction", rescale, clip, share,
         )  # fmt: skip
     n, channels = len(t), z_t.shape[1]
-    cond, *others = prediction[:, :channels].to(z_t.dtype).float().split(n)
+    cond, *others = prediction[:, :channels].float().split(n)
     guided = _guided(cond, others, scale, negative_weights)
     if rescale:
         std = [x.flatten(1).std(1, correction=0)[:, None, None, None] for x in (cond, guided)]
