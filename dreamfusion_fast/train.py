@@ -251,7 +251,7 @@ class Trainer:
             measures = self._accumulate(draw)
         self.rate.copy_(self.draws[0].rate)
         self.optimizer.step(grad_scale=self.grad_scale)
-        measures += [self.bad[0], self.optimizer.skipped_on(self.device)[0]]
+        measures += [self.bad[0], self.optimizer.skipped_on(self.rate.device)[0]]
         self.measured.copy_(torch.stack([x.detach().double() for x in measures]))
 
     def _accumulate(self, draw: Draw) -> list[Tensor]:
