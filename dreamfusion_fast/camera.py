@@ -34,12 +34,8 @@ class Cameras:
         return view_index(self.elevation, self.azimuth)
 
     def to(self, device) -> Cameras:
-        return Cameras(
-            self.c2w.to(device),
-            self.focal.to(device),
-            self.elevation.to(device),
-            self.azimuth.to(device),
-        )
+        """On a device, without waiting for it."""
+        return Cameras(*(x.to(device, non_blocking=True) for x in vars(self).values()))
 
 
 def view_index(elevation: Tensor, azimuth: Tensor) -> Tensor:

@@ -130,10 +130,12 @@ class RunConfig:
         old = getattr(stage, last)
         if isinstance(old, tuple) and isinstance(value, list) and len(value) == len(old):
             value = tuple(value)
-        number = (int, float) if isinstance(old, float) else type(old)
-        fits = old is None or (
-            isinstance(value, number) and isinstance(value, bool) == isinstance(old, bool)
-        )
+        kind = type(old)
+        if old is None:  # what else it may be stands in its annotation, "int | None"
+            annotations = {f.name: f.type for f in dataclasses.fields(stage)}
+            kind = {"int": int, "float": float, "str": str}[annotations[last].split(" ")[0]]
+        number = (int, float) if kind is float else kind
+        fits = isinstance(value, number) and isinstance(value, bool) == (kind is bool)
         if not fits or dataclasses.is_dataclass(old):
             raise ValueError(f"config `{name}`: expected a value like {old!r}, got {value!r}")
         setattr(stage, last, float(value) if isinstance(old, float) else value)

@@ -21,7 +21,7 @@ class Captured:
     WARM_UP = 3  # calls on a side stream before the capture: libraries set themselves up there
 
     def __init__(self, function: Callable[[], None], device: torch.device):
-        self.function, self.device = function, device
+        self.function, self.device, self.side = function, device, None
         self.reset()
 
     def reset(self) -> None:
@@ -38,14 +38,15 @@ class Captured:
             self.calls += 1
         else:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self.side):
                 self.function()
             self.graph = graph
             graph.replay()  # capturing runs nothing
 
     def _call_aside(self) -> None:
-        current, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
+        current = torch.cuda.current_stream(self.device)
+        self.side = self.side or torch.cuda.Stream(self.device)  # each has memory of its own
+        self.side.wait_stream(current)
+        with torch.cuda.stream(self.side):
             self.function()
-        current.wait_stream(side)
+        current.wait_stream(self.side)

@@ -136,7 +136,8 @@ def estimate(config: RunConfig, trainer) -> dict[str, int]:
 def free_bytes(device: torch.device) -> int | None:
     """What is free on the device; None where nobody knows."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + idle  # torch keeps what was freed
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None

@@ -53,8 +53,11 @@ class Prompts:
         if not self.config.perp_neg:
             return torch.cat(parts), None
         which, weights = negatives(cameras, self.config.perp_neg)
-        parts += [self.views[which[:, k].to(self.views.device)] for k in range(NEGATIVES)]
-        return torch.cat(parts), weights.to(self.views.device)
+        parts += [
+            self.views[which[:, k].to(self.views.device, non_blocking=True)]
+            for k in range(NEGATIVES)
+        ]
+        return torch.cat(parts), weights.to(self.views.device, non_blocking=True)
 
     def _share(self, cameras: Cameras) -> Tensor:
         """(B, 4): how much of each of VIEWS a camera's text is."""
@@ -63,7 +66,7 @@ class Prompts:
         return interpolated(cameras)
 
     def _mix(self, share: Tensor) -> Tensor:
-        share = share.to(self.views)
+        share = share.to(self.views, non_blocking=True)
         return torch.einsum("bv,v...->b...", share, self.views)
 
 

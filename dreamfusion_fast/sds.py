@@ -47,11 +47,8 @@ class Schedule:
             )
         t_range_at(config, 0.0)
         self.config, self.alphas_cumprod = config, alphas_cumprod.float()
-        self.weights = weight_table(self.alphas_cumprod, config.weighting)
-        self._chance = self.weights.cpu()
-        if config.t_draw == "importance":
-            low, high = self._bounds(0.0)
-            self.weights = torch.full_like(self.weights, float(self._chance[low:high].mean()))
+        self.weights = weight_table(self.alphas_cumprod, config.weighting).clone()
+        self._chance = self.weights.cpu().clone()
 
     def _bounds(self, progress: float) -> tuple[int, int]:
         n = len(self._chance)
@@ -64,7 +61,9 @@ class Schedule:
         low, high = self._bounds(progress)
         if self.config.t_draw == "uniform":
             return torch.randint(low, high, (n,), generator=generator)
-        return low + torch.multinomial(self._chance[low:high], n, True, generator=generator)
+        chance = self._chance[low:high]
+        self.weights.fill_(float(chance.mean()))  # in its place: a graph reads it
+        return low + torch.multinomial(chance, n, True, generator=generator)
 
 
 def weight_table(alphas_cumprod: Tensor, weighting: str) -> Tensor:

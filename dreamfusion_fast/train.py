@@ -88,7 +88,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, folder: Path, guide=None, device="cpu", resume=False):
         check(config)
-        self.config, self.folder, self.device = config, Path(folder), torch.device(device)
+        self.config, self.folder, self.device = config, Path(folder), settled(device)
         self.guidance = Timed(guide or load_guidance(config, self.device))
         if config.render.latent:
             self._fit_to_latents()
@@ -155,11 +155,15 @@ class Trainer:
             raise ValueError(
                 f"config `image_size`: expected {seen}, the size that the guidance sees, got {size}"
             )
-        if hasattr(self.guidance.guide, "set_cameras") and self.config.accumulate > 1:
-            raise ValueError(
-                f"config `accumulate`: expected 1 for a guidance that must know the camera, got "
-                f"{self.config.accumulate}"
-            )
+        if hasattr(self.guidance.guide, "set_cameras"):  # it renders what lies behind, too
+            fixed = {"accumulate": (self.config.accumulate, 1),
+                     "background": (self.config.render.background, "random")}  # fmt: skip
+            for name, (got, wanted) in fixed.items():
+                if got != wanted:
+                    raise ValueError(
+                        f"config `{name}`: expected {wanted} for a guidance that must know the "
+                        f"camera, got {got}"
+                    )
 
     @property
     def checkpoint_path(self) -> Path:
@@ -186,7 +190,7 @@ class Trainer:
                     if not (last or checkpoint_due or preview_due or report_due):
                         continue
                     rows = self._report(log, pending, began)
-                    self._look_at(rows[-1])
+                    self._look_at(rows)
                     if preview_due:
                         export.preview(self.renderer, self.folder / "preview.png")
                     if checkpoint_due:
@@ -232,30 +236,33 @@ class Trainer:
         embedding, negative_weights = self.prompts(cameras)
         return Draw(
             cameras.to(self.device),
-            None if background is None else background.to(self.device),
+            None if background is None else self._there(background),
             self._seeds(generator, 2),
-            t.to(self.device),
+            self._there(t),
             embedding,
             negative_weights,
-            torch.tensor([rate_share(self.step, c)]).to(self.device),
-            torch.tensor(opacity_weight(self.step, c)).to(self.device),
+            self._there(torch.tensor([rate_share(self.step, c)])),
+            self._there(torch.tensor(opacity_weight(self.step, c))),
         )
 
     def _seeds(self, generator: torch.Generator, n: int) -> Tensor:
-        return torch.randint(2**62, (n,), generator=generator).to(self.device)
+        return self._there(torch.randint(2**62, (n,), generator=generator))
+
+    def _there(self, x: Tensor) -> Tensor:
+        """On the device, without waiting for what it does: the host may draw steps ahead."""
+        return x.to(self.device, non_blocking=True)
 
     def _advance(self) -> None:
         """Render, distil, step, measure: all on the device, reading self.draws."""
         self.optimizer.zero_grad(set_to_none=True)
-        for draw in self.draws:
-            measures = self._accumulate(draw)
+        passes = torch.stack([self._accumulate(draw) for draw in self.draws])
         self.rate.copy_(self.draws[0].rate)
         self.optimizer.step(grad_scale=self.grad_scale)
-        measures += [self.bad[0], self.optimizer.skipped_on(self.rate.device)[0]]
-        self.measured.copy_(torch.stack([x.detach().double() for x in measures]))
+        counts = torch.cat((self.bad, self.optimizer.skipped_on(self.device)))
+        self.measured.copy_(torch.cat((passes[:, :3].mean(0), passes[:, 3].amax(0)[None], counts)))
 
-    def _accumulate(self, draw: Draw) -> list[Tensor]:
-        """Add one pass's gradients up."""
+    def _accumulate(self, draw: Draw) -> Tensor:
+        """Add one pass's gradients up. Returns the first four of MEASURES."""
         c = self.config
         latent = c.render.latent
         rendering = self.renderer(draw.cameras, draw.seeds[:1], draw.background, latent=latent)
@@ -269,14 +276,18 @@ class Trainer:
         total = self.grad_scale / c.accumulate * draw.opacity * opacity_loss
         torch.autograd.backward((z, total), (gradient.to(z.dtype), torch.ones_like(total)))
         spread = gradient.square().mean().sqrt() / (self.grad_scale * share)
-        return [spread, opacity_loss, rendering.opacity.mean(), rendering.count[0]]
+        measures = spread, opacity_loss, rendering.opacity.mean(), rendering.count[0]
+        return torch.stack([x.detach().double() for x in measures])
 
     def _report(self, log, pending: list[Tensor], began: float) -> list[dict]:
         """Write the metrics of the pending steps, made since `began`. Waits for the device."""
         n = len(pending)
         values = torch.stack(pending).tolist() if n else []
         pending.clear()
-        seconds, guided = time.perf_counter() - began, self.guidance.take_seconds()
+        seconds, guided = (
+            time.perf_counter() - began,
+            self.guidance.take_seconds(n * self.config.accumulate),
+        )
         rows = []
         for i, measures in enumerate(values):
             row = {"step": self.step - n + i} | dict(zip(MEASURES, measures, strict=True))
@@ -289,16 +300,16 @@ class Trainer:
         log.writelines(json.dumps(row) + "\n" for row in rows)
         return rows
 
-    def _look_at(self, row: dict) -> None:
-        """Draw conclusions from a step's metrics: give up, or make room for more samples."""
-        c = self.config
+    def _look_at(self, rows: list[dict]) -> None:
+        """Draw conclusions from metrics: give up, or make room for more samples."""
+        c, row = self.config, rows[-1]
         views = self.made * c.views * c.accumulate
         if row["views_skipped"] == views and self.made >= min(HOPELESS, c.steps):
             raise ValueError(
                 f"guidance: expected finite predictions, got none in {self.made} steps: try "
                 f"another dtype (bf16, fp32) or another scheduler"
             )
-        if self.renderer.fit_capacity(row["samples"]):
+        if self.renderer.fit_capacity(max(row["samples"] for row in rows)):
             self.advance.reset()
 
     def _build_optimizer(self) -> Adam:
@@ -353,6 +364,16 @@ def load_guidance(config: RunConfig, device: torch.device):
     return guidance.load(g.name, device, g.dtype, g.size, g.compile, g.low_memory, g.tiny_vae)
 
 
+def settled(device) -> torch.device:
+    """The device with its number, made the current one: kernels and graphs go there."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return device
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
 def check(config: RunConfig) -> None:
     """Raise ValueError for settings that cannot run."""
     if not config.prompt.strip():
@@ -360,6 +381,10 @@ def check(config: RunConfig) -> None:
     for name in ("steps", "views", "accumulate", "checkpoint_every", "preview_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"argument `{name}`: expected at least 1, got {getattr(config, name)}")
+    if config.render.occupancy_every < 1:
+        raise ValueError(
+            f"argument `occupancy_every`: expected at least 1, got {config.render.occupancy_every}"
+        )
     backgrounds = ("random", "grey", "environment")
     if config.render.background not in backgrounds:
         raise ValueError(
@@ -372,7 +397,9 @@ def rate_share(step: int, config: RunConfig) -> float:
     """Linear warm-up, then a cosine from 1 to optimizer.final_share."""
     o = config.optimizer
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / config.steps)
-    return min(1.0, (step + 1) / o.warmup) * (o.final_share + (1.0 - o.final_share) * cosine)
+    return min(1.0, (step + 1) / max(1, o.warmup)) * (
+        o.final_share + (1.0 - o.final_share) * cosine
+    )
 
 
 def opacity_weight(step: int, config: RunConfig) -> float:
@@ -395,7 +422,7 @@ def _keep_lines(path: Path, n: int) -> None:
 def load_renderer(folder: Path, device="cpu") -> Renderer:
     """The renderer of a run, from its checkpoint. Raises ValueError where there is none."""
     tensors, stored = checkpoint.load(Path(folder) / "checkpoint.safetensors")
-    config = RunConfig.from_dict(stored)
+    config, device = RunConfig.from_dict(stored), settled(device)
     generator = torch.Generator().manual_seed(config.seed)
     renderer = Renderer(Field(config.field, generator), config.render, generator).to(device)
     renderer.load_state_dict(model_tensors(tensors))

@@ -15,7 +15,7 @@ from dreamfusion_fast.train import Trainer
 SYNCS = (
     "_local_scalar_dense item nonzero nonzero_numpy is_nonzero equal masked_select unique unique2"
     " _unique2 unique_consecutive unique_dim bincount histc allclose argwhere"
-    " repeat_interleave.Tensor index.Tensor_bool"
+    " repeat_interleave.Tensor index.Tensor_bool lift_fresh"  # the last: a number of the host's
 ).split()
 
 

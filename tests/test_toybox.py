@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from dreamfusion_fast import camera, guidance
-from dreamfusion_fast.config import toybox_camera
+from dreamfusion_fast.config import preset, toybox_camera
 from dreamfusion_fast.toybox import PRIOR, exemplar, pictures, renderer, shapes, world
 from dreamfusion_fast.toybox.train_prior import build_tokenizer
+from dreamfusion_fast.train import Trainer
 
 NAMES = list(shapes.OBJECTS)
 
@@ -158,6 +159,13 @@ def test_prior_denoises_what_it_was_trained_on_and_listens_to_the_text(prior):
 def test_prior_refuses_what_it_cannot_mean(prior, text, message):
     with pytest.raises(ValueError, match=message):
         prior.embed([text])
+
+
+def test_exemplar_needs_the_background_that_it_renders(tmp_path):
+    config = preset("exemplar", prompt="a red car")
+    config.render.background = "grey"
+    with pytest.raises(ValueError, match="`background`: expected random for a guidance that must"):
+        Trainer(config, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["no/such-folder-or-model", "/nonexistent"])

@@ -27,6 +27,7 @@ class Orange:
 
     image_size = 16
     alphas_cumprod = torch.linspace(0.9999, 0.0001, 1000)
+    colour = torch.tensor([1.0, 0.0, -1.0])
 
     def embed(self, prompts):
         return torch.zeros(len(prompts), 1)
@@ -35,7 +36,7 @@ class Orange:
         return image * 2 - 1
 
     def predict(self, z_t, t, embedding):
-        x = torch.tensor([1.0, 0.0, -1.0])[None, :, None, None].expand_as(z_t)
+        x = self.colour[None, :, None, None].expand_as(z_t)
         a = self.alphas_cumprod[t][:, None, None, None]
         return (z_t - a.sqrt() * x) / (1 - a).sqrt()
 
@@ -152,6 +153,8 @@ def test_metrics_tell_where_time_goes(tmp_path):
         ({"steps": 0}, "`steps`: expected at least 1, got 0"),
         ({"steps": -3}, "`steps`: expected at least 1, got -3"),
         ({"views": 0}, "`views`: expected at least 1"),
+        ({"accumulate": 0}, "`accumulate`: expected at least 1"),
+        ({"render": RenderConfig(occupancy_every=0)}, "`occupancy_every`: expected at least 1"),
     ],
 )
 def test_bad_settings(tmp_path, settings, message):
@@ -218,6 +221,7 @@ def test_change_a_setting(name, value, kept):
 @pytest.mark.parametrize(
     "name, value",
     [("step", 7), ("guidance", {}), ("a.b.c", 1), ("steps", 1.5), ("steps", True),
+     ("guidance.size", "abc"), ("loss.opacity_end", "abc"),
      ("guidance.t_range", [0.1]), ("guidance.low_memory", 1), ("camera.scale", 1.0)],
 )  # fmt: skip
 def test_settings_that_cannot_be_changed(name, value):

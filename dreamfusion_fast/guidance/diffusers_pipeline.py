@@ -133,6 +133,8 @@ class DiffusersGuidance:
             self._prepare_vae(size, low_memory)
         else:
             self._prepare_pixels(size)
+        side = float(self.image_size)  # for SDXL: of the original, corner of the crop, wanted
+        self.sizes = torch.tensor([side, side, 0.0, 0.0, side, side], device=self.device)
         config = self.unet.config
         if self.device.type == "cpu" and config.sample_size**2 <= PLAIN_ATTENTION_TOKENS:
             added = config.mid_block_type == "UNetMidBlock2DSimpleCrossAttn"
@@ -177,7 +179,8 @@ class DiffusersGuidance:
         frozen(vae, self.device, torch.float32 if upcast else self.dtype)
         if low_memory:
             vae.enable_slicing()
-            vae.enable_tiling()
+            if not isinstance(vae, AutoencoderTiny):  # its tiles need the host, and it needs none
+                vae.enable_tiling()
 
     def embed(self, prompts: list[str]) -> Tensor:
         """(B, tokens, width) text embeddings; "" is the unconditional one. Raises ValueError for a
@@ -242,9 +245,8 @@ class DiffusersGuidance:
         tokens, pooled = self.text.split(embedding)
         added = None
         if pooled is not None:
-            side = float(self.image_size)
-            sizes = z_t.new_tensor([side, side, 0.0, 0.0, side, side])  # original, crop, wanted
-            added = {"text_embeds": pooled, "time_ids": sizes.expand(len(z_t), 6)}
+            sizes = self.sizes.to(z_t.dtype).expand(len(z_t), 6)
+            added = {"text_embeds": pooled, "time_ids": sizes}
         return self.unet(z_t, t, tokens, added_cond_kwargs=added).sample
 
     def predict_noise(self, z_t: Tensor, t: Tensor, embedding: Tensor) -> Tensor:

@@ -13,15 +13,17 @@ class Timed:
     wait for nothing until they are read, and not inside of a graph."""
 
     def __init__(self, guide):
-        self.guide, self.seconds, self.events = guide, 0.0, []
+        self.guide, self.seconds, self.events, self.calls = guide, 0.0, [], 0
 
     def __getattr__(self, name: str):
         return getattr(self.guide, name)
 
     def predict(self, z_t: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
+        self.calls += 1
         if not z_t.is_cuda:
             return self._timed(self.guide.predict, z_t, t, embedding)
         if torch.cuda.is_current_stream_capturing():
+            self.calls -= 1
             return self.guide.predict(z_t, t, embedding)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -34,14 +36,15 @@ class Timed:
         """Tell a guidance that depends on the exact camera (it has this method) what comes."""
         self._timed(self.guide.set_cameras, *view)
 
-    def take_seconds(self) -> float | None:
-        """Seconds since the last call; None where a graph hid them. Waits for the device."""
+    def take_seconds(self, calls: int) -> float | None:
+        """Seconds of the `calls` predictions since the last time; None where a graph hid some.
+        Waits for the device."""
         for begin, end in self.events:
             end.synchronize()
             self.seconds += begin.elapsed_time(end) / 1000.0
-        seconds = self.seconds
-        self.seconds, self.events = 0.0, []
-        return seconds or None
+        seconds = self.seconds if self.calls == calls else None
+        self.seconds, self.events, self.calls = 0.0, [], 0
+        return seconds
 
     def _timed(self, call, *args):
         began = time.perf_counter()
