@@ -25,6 +25,7 @@ from bench.processes import ANSWER
 from bench.timing import SECONDS, Clock
 from bench.worker import text
 from dreamfusion_fast import ops
+from dreamfusion_fast.graph import Captured
 from dreamfusion_fast.ops import reference
 
 
@@ -70,23 +71,13 @@ class Step:
                                **second)  # fmt: skip
 
 
-def graph_of(step: Step):
-    """A call that replays the step as one CUDA graph; raises where it cannot be captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-
-    def replay():
-        graph.replay()
-
-    replay.step, replay.scene = step, step.scene  # the graph works in the step's memory
-    return replay
+def graph_of(step: Step) -> Captured:
+    """The step, as one CUDA graph; raises where it cannot be captured."""
+    captured = Captured(step, step.grad.device)
+    for _ in range(Captured.WARM_UP + 1):
+        captured()
+    captured.scene = step.scene
+    return captured
 
 
 def throughput(step, device: torch.device, steps: int) -> float:

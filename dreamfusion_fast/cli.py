@@ -68,7 +68,7 @@ def generate(
     """Make a 3D object from text: turntable.mp4, contact_sheet.png and mesh.glb in --out."""
     from . import preflight
     from .doctor import pick_device
-    from .train import Trainer, check
+    from .train import Trainer, check, folder_state
 
     where = pick_device(device)
     given = {"prompt": prompt, "steps": steps, "seed": seed, "guidance": guidance}
@@ -81,7 +81,7 @@ def generate(
     }
     changes = {k: v for k, v in changes.items() if v is not None} | _settings(set_ or [])
     config = _config(out, resume, given)
-    if changes and resume:
+    if changes and folder_state(out) == "run":
         raise ValueError(
             f"argument `--resume`: expected the run's own settings, got {', '.join(changes)}"
         )

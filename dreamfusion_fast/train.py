@@ -284,10 +284,8 @@ class Trainer:
         n = len(pending)
         values = torch.stack(pending).tolist() if n else []
         pending.clear()
-        seconds, guided = (
-            time.perf_counter() - began,
-            self.guidance.take_seconds(n * self.config.accumulate),
-        )
+        guided = self.guidance.take_seconds(n * self.config.accumulate)
+        seconds = time.perf_counter() - began
         rows = []
         for i, measures in enumerate(values):
             row = {"step": self.step - n + i} | dict(zip(MEASURES, measures, strict=True))
