@@ -50,14 +50,13 @@ def gradient(config, guide, seed, embedding, negative_weights=None, n=3, share=1
 @pytest.mark.parametrize("scale", [0.0, 7.5, 100.0])
 @pytest.mark.parametrize("weighting", ["sigma2", "uniform"])
 @pytest.mark.parametrize("prediction_type", sds.PREDICTIONS)
-@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-6), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-6), (torch.float16, 3e-3)])
 def test_gradient_is_equation_3(scale, weighting, prediction_type, dtype, rtol, seed):
     """Relative to the largest number: a difference of predictions loses digits of their size."""
     config = GuidanceConfig(scale=scale, weighting=weighting)
     embedding = torch.tensor([0.5, 0.3, 0.1, 0.2, 0.9, 0.4])[: 6 if scale else 3]
     got, want = gradient(config, Shrink(prediction_type, dtype), seed, embedding, share=0.25)
-    size = want.abs().max() + 0.25 * scale * (dtype == torch.float16)
-    assert (got - want).abs().max() < 2 * rtol * size
+    assert (got - want).abs().max() < rtol * want.abs().max()
 
 
 def test_clip_and_rescale(seed):
