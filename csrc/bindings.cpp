@@ -184,8 +184,8 @@ static void bind_hash_encode(py::module_& m) {
         [](int scalar, Address x, Address table, Address out, Address count, int64_t n,
            int n_levels, int n_features, bool smoothstep, const std::vector<int32_t>& resolutions,
            const std::vector<int64_t>& offsets, Address stream) {
-          LAUNCH_OR_HALF(hash_encode_forward, HashEncodeArgs, x, table, {}, out, {}, {}, count, n,
-                         n_levels, n_features, smoothstep, hash_levels(resolutions, offsets));
+          LAUNCH_OR_HALF(hash_encode_forward, HashEncodeArgs, x, table, {}, {}, out, {}, {}, count,
+                         n, n_levels, n_features, smoothstep, hash_levels(resolutions, offsets));
         },
         GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("table"), py::arg("out"),
         py::arg("count"), py::arg("n"), py::arg("n_levels"), py::arg("n_features"),
@@ -195,7 +195,7 @@ static void bind_hash_encode(py::module_& m) {
            Address grad_table, Address count, int64_t n, int n_levels, int n_features,
            bool smoothstep, const std::vector<int32_t>& resolutions,
            const std::vector<int64_t>& offsets, Address stream) {
-          LAUNCH_OR_HALF(hash_encode_backward, HashEncodeArgs, x, table, grad_out, {}, grad_x,
+          LAUNCH_OR_HALF(hash_encode_backward, HashEncodeArgs, x, table, grad_out, {}, {}, grad_x,
                          grad_table, count, n, n_levels, n_features, smoothstep,
                          hash_levels(resolutions, offsets));
         },
@@ -203,6 +203,19 @@ static void bind_hash_encode(py::module_& m) {
         py::arg("grad_x"), py::arg("grad_table"), py::arg("count"), py::arg("n"),
         py::arg("n_levels"), py::arg("n_features"), py::arg("smoothstep"),
         py::arg("resolutions"), py::arg("offsets"), py::arg("stream"));
+  m.def("hash_encode_second",
+        [](int scalar, Address x, Address table, Address grad_out, Address tangent, Address out,
+           Address grad_x, Address grad_table, Address count, int64_t n, int n_levels,
+           int n_features, bool smoothstep, const std::vector<int32_t>& resolutions,
+           const std::vector<int64_t>& offsets, Address stream) {
+          LAUNCH_OR_HALF(hash_encode_second, HashEncodeArgs, x, table, grad_out, tangent, out,
+                         grad_x, grad_table, count, n, n_levels, n_features, smoothstep,
+                         hash_levels(resolutions, offsets));
+        },
+        GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("table"), py::arg("grad_out"),
+        py::arg("tangent"), py::arg("out"), py::arg("grad_x"), py::arg("grad_table"),
+        py::arg("count"), py::arg("n"), py::arg("n_levels"), py::arg("n_features"),
+        py::arg("smoothstep"), py::arg("resolutions"), py::arg("offsets"), py::arg("stream"));
 }
 
 // ---- march --------------------------------------------------------------------------------------

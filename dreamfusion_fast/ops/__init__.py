@@ -8,7 +8,7 @@ from ._backend import has_half
 from .adam import Adam, adam_step
 from .composite import composite
 from .frequency_encode import frequency_encode
-from .hash_encode import hash_encode, hash_table_rows
+from .hash_encode import hash_encode, hash_encode_gradient, hash_table_rows
 from .march import Samples, march
 from .mlp import mlp, mlp_parameters
 from .occupancy import occupancy_points, occupancy_update
@@ -24,6 +24,7 @@ __all__ = [
     "generate_rays",
     "has_half",
     "hash_encode",
+    "hash_encode_gradient",
     "hash_table_rows",
     "march",
     "mlp",

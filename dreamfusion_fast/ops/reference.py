@@ -39,6 +39,13 @@ def mask_rows(x: torch.Tensor, count: torch.Tensor | None) -> torch.Tensor:
     return torch.where(valid.reshape(-1, *[1] * (x.ndim - 1)), x, 0.0)
 
 
+def gradient_of(function, grad_out, x):
+    """The gradient of x given that of function(x), itself differentiable."""
+    with torch.enable_grad():
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        return torch.autograd.grad(function(x), x, grad_out, create_graph=True)[0]
+
+
 # ---- rays ---------------------------------------------------------------------------------------
 def generate_rays(c2w, focal, height, width):
     """Pixel (row i, column j) looks along R ((j + 1/2 - W/2)/f, -(i + 1/2 - H/2)/f, -1),
@@ -171,6 +178,10 @@ def hash_encode(
             features = features + (parts[0] * parts[1] * parts[2])[:, None] * table[start + row]
         out.append(features)
     return mask_rows(torch.cat(out, -1), count)
+
+
+def hash_encode_gradient(grad_out, x, table, *layout, **options):
+    return gradient_of(lambda x: hash_encode(x, table, *layout, **options), grad_out, x)
 
 
 # ---- march --------------------------------------------------------------------------------------
