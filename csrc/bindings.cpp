@@ -249,17 +249,18 @@ static df::MlpShape mlp_shape(const std::vector<int>& widths, bool bias, bool si
 
 static void bind_mlp(py::module_& m) {
   m.def("mlp_workspace",
-        [](int scalar, int64_t n, const std::vector<int>& widths, bool bias, bool silu,
-           bool params) {
+        [](int scalar, int64_t n, const std::vector<int>& widths, bool bias, bool silu, bool params,
+           bool second) {
           int64_t size = 0;
           on_scalar_or_half(scalar, [&](auto type) {
             size = df::mlp_workspace<typename decltype(type)::type>(mlp_shape(widths, bias, silu),
-                                                                    n, params);
+                                                                    n, params, second);
           });
           return size;
         },
         py::arg("scalar"), py::arg("n"), py::arg("widths"), py::arg("bias"), py::arg("silu"),
-        py::arg("params"), "Numbers in mlp_backward's workspace.");
+        py::arg("params"), py::arg("second"),
+        "Numbers in the workspace of mlp_backward, or of mlp_second.");
 #ifdef DF_IS_CUDA
   m.def("mlp_half_fits",
         [](const std::vector<int>& widths, bool bias, bool silu) {
@@ -271,7 +272,7 @@ static void bind_mlp(py::module_& m) {
   m.def("mlp_forward",
         [](int scalar, Address x, Address params, Address out, Address count, int64_t n,
            const std::vector<int>& widths, bool bias, bool silu, Address stream) {
-          LAUNCH_OR_HALF(mlp_forward, MlpArgs, x, params, {}, out, {}, {}, {}, count, n,
+          LAUNCH_OR_HALF(mlp_forward, MlpArgs, x, params, {}, {}, out, {}, {}, {}, count, n,
                          mlp_shape(widths, bias, silu));
         },
         GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("params"), py::arg("out"),
@@ -281,12 +282,23 @@ static void bind_mlp(py::module_& m) {
         [](int scalar, Address x, Address params, Address grad_out, Address grad_x,
            Address grad_params, Address workspace, Address count, int64_t n,
            const std::vector<int>& widths, bool bias, bool silu, Address stream) {
-          LAUNCH_OR_HALF(mlp_backward, MlpArgs, x, params, grad_out, {}, grad_x, grad_params,
+          LAUNCH_OR_HALF(mlp_backward, MlpArgs, x, params, grad_out, {}, {}, grad_x, grad_params,
                          workspace, count, n, mlp_shape(widths, bias, silu));
         },
         GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("params"), py::arg("grad_out"),
         py::arg("grad_x"), py::arg("grad_params"), py::arg("workspace"), py::arg("count"),
         py::arg("n"), py::arg("widths"), py::arg("bias"), py::arg("silu"), py::arg("stream"));
+  m.def("mlp_second",
+        [](int scalar, Address x, Address params, Address grad_out, Address tangent, Address out,
+           Address grad_x, Address grad_params, Address workspace, Address count, int64_t n,
+           const std::vector<int>& widths, bool bias, bool silu, Address stream) {
+          LAUNCH(mlp_second, MlpArgs, x, params, grad_out, tangent, out, grad_x, grad_params,
+                 workspace, count, n, mlp_shape(widths, bias, silu));
+        },
+        GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("params"), py::arg("grad_out"),
+        py::arg("tangent"), py::arg("out"), py::arg("grad_x"), py::arg("grad_params"),
+        py::arg("workspace"), py::arg("count"), py::arg("n"), py::arg("widths"), py::arg("bias"),
+        py::arg("silu"), py::arg("stream"));
 }
 
 // ---- occupancy ----------------------------------------------------------------------------------

@@ -96,6 +96,8 @@ template <class T> void hash_encode(int features) {
   a.grad_table = numbers<Wide<T>>(32 * features);
   RUN(hash_encode_forward, a);
   RUN(hash_encode_backward, a);
+  a.tangent = numbers<Wide<T>>(3 * 40);
+  RUN(hash_encode_second, a);
 }
 
 template <class T> void marching(int capacity) {
@@ -120,9 +122,13 @@ template <class T> void mlp(bool silu, std::initializer_list<int> widths) {
   a.x = numbers<T>(70 * inputs), a.params = numbers<T>(parameters), a.out = numbers<T>(70 * outputs);
   a.grad_out = numbers<T>(70 * outputs), a.grad_x = numbers<T>(70 * inputs);
   a.grad_params = numbers<Wide<T>>(parameters);
-  a.workspace = numbers<Wide<T>>(mlp_workspace<T>(a.shape, a.n, true));
+  a.workspace = numbers<Wide<T>>(mlp_workspace<T>(a.shape, a.n, true, true));
   RUN(mlp_forward, a);
   RUN(mlp_backward, a);
+  if constexpr (!std::is_same_v<T, half>) {
+    a.tangent = numbers<T>(70 * inputs);
+    RUN(mlp_second, a);
+  }
 }
 
 template <class T> void occupancy() {

@@ -10,7 +10,7 @@ from .composite import composite
 from .frequency_encode import frequency_encode
 from .hash_encode import hash_encode, hash_encode_gradient, hash_table_rows
 from .march import Samples, march
-from .mlp import mlp, mlp_parameters
+from .mlp import mlp, mlp_gradient, mlp_parameters
 from .occupancy import occupancy_points, occupancy_update
 from .rays import generate_rays, ray_box_intersect, ray_sphere_intersect
 from .spherical_harmonics import spherical_harmonics
@@ -28,6 +28,7 @@ __all__ = [
     "hash_table_rows",
     "march",
     "mlp",
+    "mlp_gradient",
     "mlp_parameters",
     "occupancy_points",
     "occupancy_update",

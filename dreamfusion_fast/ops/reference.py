@@ -229,6 +229,10 @@ def mlp(x, params, widths, activation="relu", bias=False, count=None):
     return mask_rows(h, count)
 
 
+def mlp_gradient(grad_out, x, params, *shape, **options):
+    return gradient_of(lambda x: mlp(x, params, *shape, **options), grad_out, x)
+
+
 # ---- occupancy ----------------------------------------------------------------------------------
 def occupancy_points(resolution, bound, seed, dtype=torch.float32, device=None):
     """((x, y, z) + u) 2 bound / G - bound for cell (x G + y) G + z."""
