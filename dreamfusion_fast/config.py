@@ -38,6 +38,8 @@ class FieldConfig:
     log2_table_size: int = 16
     features: int = 2
     interpolation: str = "smoothstep"
+    coarse_levels: int = 32  # that are there from the start; fewer than n_levels: progressive
+    levels_until: float = 0.5  # share of the run at which the last one is there
     hidden: int = 32
     hidden_layers: int = 1
     activation: str = "relu"
@@ -53,8 +55,11 @@ class RenderConfig:
     image_size: int = 64  # pixels (paper)
     step: float = 0.025  # length of a bin along a ray, scene units
     early_stop: float = 1e-3  # transmittance below which a ray ends
+    normals: str = "analytic"  # analytic (paper) | finite: from differences of log density
+    epsilon: float = 0.005  # half the width of those differences, scene units
     latent: bool = False  # render the guidance's latents, not colours: no VAE in the loop
-    background: str = "random"  # random | grey | environment (paper)
+    background: str = "random"  # random | solid | learned (one colour) | environment (paper)
+    backdrop: tuple[float, float, float] = (0.5, 0.5, 0.5)  # colour of "solid", and of exports
     environment_frequencies: int = 3  # of the direction's encoding, for "environment"
     occupancy_resolution: int = 48
     occupancy_every: int = 16  # steps
