@@ -151,6 +151,14 @@ BUGS = [
         "emulation",
     ),
     Bug(
+        "sign of the second derivative",
+        "frequency_encode.h",
+        "scale * (b * across - a * along)",
+        "scale * (b * across + a * along)",
+        "op test_frequency_encode.py -k test_gradient_twin",
+        "result",
+    ),
+    Bug(
         "scan off by one",
         "composite.cu",
         "if (lane_id() >= offset) x *= other;",
