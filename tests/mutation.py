@@ -146,7 +146,7 @@ BUGS = [
         "divergent barrier",
         "frequency_encode.cu",
         "partial[threadIdx.x] = grad_variance;\n  __syncthreads();",
-        "if (!inside) return;\n  partial[threadIdx.x] = grad_variance;\n  __syncthreads();",
+        "if (!at.inside) return;\n  partial[threadIdx.x] = grad_variance;\n  __syncthreads();",
         "op test_frequency_encode.py -k test_edge_sizes",
         "emulation",
     ),
