@@ -150,8 +150,8 @@ static void bind_frequency_encode(py::module_& m) {
   m.def("frequency_encode_forward",
         [](int scalar, Address x, Address variance, Address out, Address count, int64_t n,
            int dims, int n_frequencies, Address stream) {
-          LAUNCH(frequency_encode_forward, FrequencyEncodeArgs, x, variance, {}, out, {}, {}, count,
-                 n, dims, n_frequencies);
+          LAUNCH(frequency_encode_forward, FrequencyEncodeArgs, x, variance, {}, {}, {}, out, {}, {},
+                 {}, count, n, dims, n_frequencies);
         },
         GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("variance"), py::arg("out"),
         py::arg("count"), py::arg("n"), py::arg("dims"), py::arg("n_frequencies"),
@@ -160,12 +160,23 @@ static void bind_frequency_encode(py::module_& m) {
         [](int scalar, Address x, Address variance, Address grad_out, Address grad_x,
            Address grad_variance, Address count, int64_t n, int dims, int n_frequencies,
            Address stream) {
-          LAUNCH(frequency_encode_backward, FrequencyEncodeArgs, x, variance, grad_out, {}, grad_x,
-                 grad_variance, count, n, dims, n_frequencies);
+          LAUNCH(frequency_encode_backward, FrequencyEncodeArgs, x, variance, grad_out, {}, {}, {}, {},
+                 grad_x, grad_variance, count, n, dims, n_frequencies);
         },
         GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("variance"),
         py::arg("grad_out"), py::arg("grad_x"), py::arg("grad_variance"), py::arg("count"),
         py::arg("n"), py::arg("dims"), py::arg("n_frequencies"), py::arg("stream"));
+  m.def("frequency_encode_second",
+        [](int scalar, Address x, Address variance, Address grad_out, Address u, Address q,
+           Address grad_grad_out, Address grad_x, Address grad_variance, Address count, int64_t n,
+           int dims, int n_frequencies, Address stream) {
+          LAUNCH(frequency_encode_second, FrequencyEncodeArgs, x, variance, grad_out, u, q, {},
+                 grad_grad_out, grad_x, grad_variance, count, n, dims, n_frequencies);
+        },
+        GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("variance"),
+        py::arg("grad_out"), py::arg("u"), py::arg("q"), py::arg("grad_grad_out"),
+        py::arg("grad_x"), py::arg("grad_variance"), py::arg("count"), py::arg("n"),
+        py::arg("dims"), py::arg("n_frequencies"), py::arg("stream"));
 }
 
 // ---- hash_encode --------------------------------------------------------------------------------

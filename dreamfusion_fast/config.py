@@ -31,7 +31,9 @@ def toybox_camera() -> CameraConfig:
 
 @dataclass
 class FieldConfig:
+    name: str = "hash"  # hash: grid and small MLP | paper: encoded positions and residual blocks
     radius: float = 0.75  # bounding sphere, scene units; 1.4 (paper): here all cameras stay outside
+    # Of "hash":
     n_levels: int = 8
     base_resolution: int = 8
     finest_resolution: int = 128
@@ -43,8 +45,18 @@ class FieldConfig:
     hidden: int = 32
     hidden_layers: int = 1
     activation: str = "relu"
-    blob_density: float = 5.0  # added to the density's logarithm (paper: lambda_tau)
-    blob_std: float = 0.2  # scene units (paper: sigma_tau)
+    # Of "paper":
+    n_frequencies: int = 8  # of the positions' encoding, 2^0 to 2^7 (paper)
+    width: int = 128  # of the residual blocks (paper)
+    blocks: int = 5  # (paper)
+    spread: tuple[float, float] = (5e-2, 2e-3)  # of a sample, scene units (paper: lambda_Sigma)
+    spread_share: float = 1 / 3  # of the run, in which it falls linearly (paper: 5k of 15k steps)
+    # Of both:
+    blob: str = "gaussian"  # gaussian (paper) | magic3d: a cone (Lin et al. 2023)
+    blob_density: float = 5.0  # gaussian: added to the density's logarithm (paper: lambda_tau)
+    blob_std: float = 0.2  # gaussian: scene units (paper: sigma_tau)
+    cone_density: float = 10.0  # magic3d: the same at the centre
+    cone_radius: float = 0.5  # magic3d: where it falls through 0, scene units
     channels: int = 3  # of colour; others hold latents of a guidance, see RenderConfig.latent
     half: bool = False  # float16 tables and MLP beside float32 masters; GPUs only
     density_bias: float = -2.0  # likewise: an untrained scene is a blob in thin fog

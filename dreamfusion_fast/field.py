@@ -23,6 +23,31 @@ from .ops import (
 LOG_DENSITY_MAX = 8.0  # exp of more would only make gradients explode: a bin is opaque long before
 
 
+def make_field(config: FieldConfig, generator: torch.Generator) -> nn.Module:
+    """The Field or PaperField that config.name means. Raises ValueError for an unknown name."""
+    from .field_paper import PaperField  # which builds on this file
+
+    kinds = {"hash": Field, "paper": PaperField}
+    if config.name not in kinds:
+        raise ValueError(f"config `field.name`: expected {' or '.join(kinds)}, got {config.name!r}")
+    return kinds[config.name](config, generator)
+
+
+def blob(positions: Tensor, config: FieldConfig) -> Tensor:
+    """What is added to the logarithm of density, so that a scene begins in the middle.
+
+    positions (N, 3), scene units; returns (N,). "gaussian" (A.2): lambda_tau exp(-|mu|² /
+    (2 sigma_tau²)); "magic3d" (Lin et al. 2023, section 3): lambda (1 - |mu| / c), whose gradient
+    is zero at the centre. Raises ValueError for an unknown config.blob."""
+    square = positions.square().sum(-1)
+    if config.blob == "gaussian":
+        return config.blob_density * torch.exp(square / (-2.0 * config.blob_std**2))
+    if config.blob == "magic3d":
+        distance = square.clamp(min=1e-12).sqrt()  # at 0 the root has no derivative
+        return config.cone_density * (1.0 - distance / config.cone_radius)
+    raise ValueError(f"config `blob`: expected gaussian or magic3d, got {config.blob!r}")
+
+
 class Field(nn.Module):
     """Density and albedo of points inside the bounding sphere.
 

@@ -23,6 +23,8 @@ TOLERANCE = {
     "composite": ((1e-4, 1e-4), (1e-11, 1e-12)),
     # Sine and cosine to 2 ulp of 1; gradients add up to 2^l times that, l < 5 in the tests.
     "frequency_encode": ((1e-5, 1e-5), (1e-12, 1e-12)),
+    # The same, times 2^l; its gradients times up to 16^l, which damping holds to some hundreds.
+    "frequency_encode_gradient": ((1e-4, 2e-4), (1e-11, 1e-11)),
     # Sums over all pixels of an image, in another order, of gradients of size 1.
     "generate_rays": ((1e-4, 1e-4), (1e-12, 1e-12)),
     # Weights agree to the bit; gradients sum terms of size N_l, up to 512, in another order.

@@ -146,9 +146,17 @@ BUGS = [
         "divergent barrier",
         "frequency_encode.cu",
         "partial[threadIdx.x] = grad_variance;\n  __syncthreads();",
-        "if (!inside) return;\n  partial[threadIdx.x] = grad_variance;\n  __syncthreads();",
+        "if (!at.inside) return;\n  partial[threadIdx.x] = grad_variance;\n  __syncthreads();",
         "op test_frequency_encode.py -k test_edge_sizes",
         "emulation",
+    ),
+    Bug(
+        "sign of the second derivative",
+        "frequency_encode.h",
+        "scale * (b * across - a * along)",
+        "scale * (b * across + a * along)",
+        "op test_frequency_encode.py -k test_gradient_twin",
+        "result",
     ),
     Bug(
         "scan off by one",

@@ -83,6 +83,8 @@ template <class T> void frequency_encode() {
   a.grad_x = numbers<T>(3 * 45), a.grad_variance = numbers<T>(45);
   RUN(frequency_encode_forward, a);
   RUN(frequency_encode_backward, a);
+  a.u = numbers<T>(3 * 45), a.q = numbers<T>(45), a.grad_grad_out = numbers<T>(24 * 45);
+  RUN(frequency_encode_second, a);
 }
 
 template <class T> void hash_encode(int features) {

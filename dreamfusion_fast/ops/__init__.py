@@ -7,7 +7,7 @@ Every op has a plain-torch twin of the same name in `reference`: the specificati
 from ._backend import has_half
 from .adam import Adam, adam_step
 from .composite import composite
-from .frequency_encode import frequency_encode
+from .frequency_encode import frequency_encode, frequency_encode_gradient
 from .hash_encode import hash_encode, hash_encode_gradient, hash_table_rows
 from .march import Samples, march
 from .mlp import mlp, mlp_gradient, mlp_parameters
@@ -21,6 +21,7 @@ __all__ = [
     "adam_step",
     "composite",
     "frequency_encode",
+    "frequency_encode_gradient",
     "generate_rays",
     "has_half",
     "hash_encode",

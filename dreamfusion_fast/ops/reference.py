@@ -152,6 +152,15 @@ def frequency_encode(x, n_frequencies, variance=None, count=None):
     return mask_rows(out, count)
 
 
+def frequency_encode_gradient(grad_out, x, n_frequencies, variance=None, count=None):
+    """Sines turn into cosines, cosines into minus sines, times 2^l."""
+    sine, cosine = frequency_encode(x, n_frequencies, variance, count).chunk(2, -1)
+    grad_sine, grad_cosine = mask_rows(grad_out, count).chunk(2, -1)
+    scale = 2.0 ** torch.arange(n_frequencies, dtype=x.dtype, device=x.device)
+    terms = (grad_sine * cosine - grad_cosine * sine).unflatten(1, (n_frequencies, x.shape[1]))
+    return (scale[:, None] * terms).sum(1)
+
+
 # ---- hash_encode --------------------------------------------------------------------------------
 def hash_encode(
     x, table, n_levels, base_resolution, finest_resolution, log2_table_size,
