@@ -70,27 +70,46 @@ template <class T> void zero_grads(const CompositeArgs<T>& a, int64_t begin, int
   if (a.lit.grad_gradient) fill_zero(a.lit.grad_gradient, 3 * begin, 3 * end);
 }
 
+// Vectors of a block, a component after the other: as vector registers hold them.
+template <class T> struct Columns {
+  T x[BLOCK], y[BLOCK], z[BLOCK];
+  vec3<T> get(int i) const { return {x[i], y[i], z[i]}; }
+  void set(int i, vec3<T> v) { x[i] = v.x, y[i] = v.y, z[i] = v.z; }
+  void load(const T* rows, int n) {
+    for (int i = 0; i < n; ++i) set(i, load3(rows + 3 * i));
+  }
+  void store(T* rows, int n) const {
+    for (int i = 0; i < n; ++i) store3(rows + 3 * i, get(i));
+  }
+};
+
 // Shades rows [begin, end) and sums what they show, by their weights: colour, normal, orientation.
 template <class T>
 void shade_ray(const CompositeArgs<T>& a, int64_t ray, int64_t begin, int64_t end) {
   const LitRay<T> lit = lit_ray(a.lit, ray);
-  T shaded[7][BLOCK], sums[7] = {};
+  Columns<T> g, albedo, colours, normals;
+  T orientations[BLOCK];
+  LitSample<T> sum = {};
   for (int64_t first = begin; first < end; first += BLOCK) {
     const int n = int(min<int64_t>(BLOCK, end - first));
     const T *const t = a.t + first, *const w = a.weights + first;
-    const T *const g = a.lit.gradient + 3 * first, *const albedo = a.rgb + 3 * first;
+    g.load(a.lit.gradient + 3 * first, n);
+    albedo.load(a.rgb + 3 * first, n);
     for (int i = 0; i < n; ++i) {
-      const LitSample<T> s = lit_sample(lit, load3(g + 3 * i), load3(albedo + 3 * i), t[i]);
-      shaded[0][i] = s.colour.x, shaded[1][i] = s.colour.y, shaded[2][i] = s.colour.z;
-      shaded[3][i] = s.normal.x, shaded[4][i] = s.normal.y, shaded[5][i] = s.normal.z;
-      shaded[6][i] = s.orientation;
+      const LitSample<T> s = lit_sample(lit, g.get(i), albedo.get(i), t[i]);
+      colours.set(i, s.colour);
+      normals.set(i, s.normal);
+      orientations[i] = s.orientation;
     }
-    for (int i = 0; i < n; ++i)
-      for (int k = 0; k < 7; ++k) sums[k] += w[i] * shaded[k][i];
+    for (int i = 0; i < n; ++i) {
+      sum.colour = sum.colour + w[i] * colours.get(i);
+      sum.normal = sum.normal + w[i] * normals.get(i);
+      sum.orientation += w[i] * orientations[i];
+    }
   }
-  store3(a.colour + 3 * ray, load3(sums));
-  store3(a.lit.normal + 3 * ray, load3(sums + 3));
-  a.lit.orientation[ray] = sums[6];
+  store3(a.colour + 3 * ray, sum.colour);
+  store3(a.lit.normal + 3 * ray, sum.normal);
+  a.lit.orientation[ray] = sum.orientation;
 }
 
 template <int C, bool LIT, class T> void composite_ray(const CompositeArgs<T>& a, int64_t ray) {
@@ -154,19 +173,18 @@ template <class T>
 void shade_block_backward(const CompositeArgs<T>& a, const LitRay<T>& lit,
                           const LitRayGrad<T>& grad, int64_t first, int n, T* q) {
   const T *const t = a.t + first, *const w = a.weights + first;
-  const T *const g = a.lit.gradient + 3 * first, *const albedo = a.rgb + 3 * first;
-  T shaded[4][BLOCK];
+  Columns<T> g, albedo;
+  g.load(a.lit.gradient + 3 * first, n);
+  albedo.load(a.rgb + 3 * first, n);
   for (int i = 0; i < n; ++i) {
     const LitSampleGrad<T> s =
-        lit_sample_backward(lit, grad, load3(g + 3 * i), load3(albedo + 3 * i), t[i], w[i]);
+        lit_sample_backward(lit, grad, g.get(i), albedo.get(i), t[i], w[i]);
     q[i] = s.weight;
-    shaded[0][i] = s.gradient.x, shaded[1][i] = s.gradient.y, shaded[2][i] = s.gradient.z;
-    shaded[3][i] = s.albedo;
+    g.set(i, s.gradient);
+    albedo.set(i, s.albedo * grad.colour);
   }
-  for (int i = 0; i < n; ++i) {
-    store3(a.grad_rgb + 3 * (first + i), shaded[3][i] * grad.colour);
-    store3(a.lit.grad_gradient + 3 * (first + i), {shaded[0][i], shaded[1][i], shaded[2][i]});
-  }
+  g.store(a.lit.grad_gradient + 3 * first, n);
+  albedo.store(a.grad_rgb + 3 * first, n);
 }
 
 template <class T> void composite_ray_lit_backward(const CompositeArgs<T>& a, int64_t ray) {
