@@ -123,7 +123,7 @@ static void bind_composite(py::module_& m) {
            int64_t n_samples, int channels, double early_stop, Address stream) {
           LAUNCH(composite_forward, CompositeArgs, sigma, rgb, t, dt, packed, {}, {}, {},
                  {}, colour, opacity, depth, weights, {}, {}, {}, {}, n_rays, n_samples, channels,
-                 early_stop);
+                 early_stop, {});
         },
         GilReleased(), py::arg("scalar"), py::arg("sigma"), py::arg("rgb"), py::arg("t"),
         py::arg("dt"), py::arg("packed"), py::arg("colour"), py::arg("opacity"), py::arg("depth"),
@@ -136,13 +136,51 @@ static void bind_composite(py::module_& m) {
            int64_t n_rays, int64_t n_samples, int channels, double early_stop, Address stream) {
           LAUNCH(composite_backward, CompositeArgs, sigma, rgb, t, dt, packed, grad_colour,
                  grad_opacity, grad_depth, grad_weights, {}, {}, {}, weights, grad_sigma, grad_rgb,
-                 grad_t, grad_dt, n_rays, n_samples, channels, early_stop);
+                 grad_t, grad_dt, n_rays, n_samples, channels, early_stop, {});
         },
         GilReleased(), py::arg("scalar"), py::arg("sigma"), py::arg("rgb"), py::arg("t"),
         py::arg("dt"), py::arg("packed"), py::arg("grad_colour"), py::arg("grad_opacity"),
         py::arg("grad_depth"), py::arg("grad_weights"), py::arg("weights"), py::arg("grad_sigma"),
         py::arg("grad_rgb"), py::arg("grad_t"), py::arg("grad_dt"), py::arg("n_rays"),
         py::arg("n_samples"), py::arg("channels"), py::arg("early_stop"), py::arg("stream"));
+  m.def("composite_lit_forward",
+        [](int scalar, Address sigma, Address albedo, Address gradient, Address t, Address dt,
+           Address packed, Address rays_o, Address rays_d, Address shading, Address colour,
+           Address opacity, Address depth, Address weights, Address normal, Address orientation,
+           int64_t n_rays, int64_t n_samples, int64_t rays_per_view, double early_stop,
+           Address stream) {
+          LAUNCH(composite_lit_forward, CompositeArgs, sigma, albedo, t, dt, packed, {}, {}, {}, {},
+                 colour, opacity, depth, weights, {}, {}, {}, {}, n_rays, n_samples, 3, early_stop,
+                 {gradient, rays_o, rays_d, shading, {}, {}, normal, orientation, {},
+                  rays_per_view});
+        },
+        GilReleased(), py::arg("scalar"), py::arg("sigma"), py::arg("albedo"),
+        py::arg("gradient"), py::arg("t"), py::arg("dt"), py::arg("packed"), py::arg("rays_o"),
+        py::arg("rays_d"), py::arg("shading"), py::arg("colour"), py::arg("opacity"),
+        py::arg("depth"), py::arg("weights"), py::arg("normal"), py::arg("orientation"),
+        py::arg("n_rays"), py::arg("n_samples"), py::arg("rays_per_view"), py::arg("early_stop"),
+        py::arg("stream"));
+  m.def("composite_lit_backward",
+        [](int scalar, Address sigma, Address albedo, Address gradient, Address t, Address dt,
+           Address packed, Address rays_o, Address rays_d, Address shading, Address grad_colour,
+           Address grad_opacity, Address grad_depth, Address grad_weights, Address grad_normal,
+           Address grad_orientation, Address weights, Address grad_sigma, Address grad_albedo,
+           Address grad_gradient, Address grad_t, Address grad_dt, int64_t n_rays,
+           int64_t n_samples, int64_t rays_per_view, double early_stop, Address stream) {
+          LAUNCH(composite_lit_backward, CompositeArgs, sigma, albedo, t, dt, packed, grad_colour,
+                 grad_opacity, grad_depth, grad_weights, {}, {}, {}, weights, grad_sigma,
+                 grad_albedo, grad_t, grad_dt, n_rays, n_samples, 3, early_stop,
+                 {gradient, rays_o, rays_d, shading, grad_normal, grad_orientation, {}, {},
+                  grad_gradient, rays_per_view});
+        },
+        GilReleased(), py::arg("scalar"), py::arg("sigma"), py::arg("albedo"),
+        py::arg("gradient"), py::arg("t"), py::arg("dt"), py::arg("packed"), py::arg("rays_o"),
+        py::arg("rays_d"), py::arg("shading"), py::arg("grad_colour"), py::arg("grad_opacity"),
+        py::arg("grad_depth"), py::arg("grad_weights"), py::arg("grad_normal"),
+        py::arg("grad_orientation"), py::arg("weights"), py::arg("grad_sigma"),
+        py::arg("grad_albedo"), py::arg("grad_gradient"), py::arg("grad_t"), py::arg("grad_dt"),
+        py::arg("n_rays"), py::arg("n_samples"), py::arg("rays_per_view"), py::arg("early_stop"),
+        py::arg("stream"));
 }
 
 // ---- frequency_encode ---------------------------------------------------------------------------

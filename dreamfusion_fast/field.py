@@ -48,11 +48,17 @@ def blob(positions: Tensor, config: FieldConfig) -> Tensor:
     raise ValueError(f"config `blob`: expected gaussian or magic3d, got {config.blob!r}")
 
 
+def blob_gradient(positions: Tensor, config: FieldConfig) -> Tensor:
+    """Of `blob` by position, (N, 3); a constant of the scene, not to be differentiated."""
+    with torch.enable_grad():
+        x = positions.detach().requires_grad_()
+        return torch.autograd.grad(blob(x, config).sum(), x)[0]
+
+
 class Field(nn.Module):
     """Density and albedo of points inside the bounding sphere.
 
-    The logarithm of density is the MLP's first output plus the paper's blob (A.2):
-    lambda_tau exp(-|mu|² / (2 sigma_tau²)); albedo is the sigmoid of the other three. Other
+    The logarithm of density is the MLP's first output plus a blob (A.2) and a constant; albedo is the sigmoid of the other three. Other
     numbers of channels are latents (Metzer et al. 2023), of which an affine map makes colours.
     """
 
@@ -81,7 +87,6 @@ class Field(nn.Module):
         if config.channels != 3:
             self.register_buffer("to_rgb", torch.zeros(3, config.channels))
             self.register_buffer("rgb_bias", torch.zeros(3))
-
         self.level_share = None
         if config.coarse_levels < config.n_levels:
             share = torch.ones(config.n_levels * config.features)
@@ -89,13 +94,13 @@ class Field(nn.Module):
             self.set_progress(torch.zeros(1))
 
     def set_progress(self, share: Tensor) -> None:
-        """How far the run is, (1,) from 0 to 1: levels come in one after another, the finest at
-        config.levels_until (Li et al. 2023, Neuralangelo)."""
+        """How far the run is, (1,) from 0 to 1, on the field's device: levels come in one after
+        another, the finest at config.levels_until (Li et al. 2023, Neuralangelo)."""
         c = self.config
         if self.level_share is not None:
             there = c.coarse_levels + (c.n_levels - c.coarse_levels) * share / c.levels_until
             level = torch.arange(c.n_levels, device=self.level_share.device)
-            shares = (there.to(level.device) - level).clamp(0.0, 1.0)
+            shares = (there - level).clamp(0.0, 1.0)
             self.level_share.copy_(shares.repeat_interleave(c.features))
 
     def half_copies(self) -> dict[nn.Parameter, Tensor]:

@@ -60,12 +60,10 @@ class PaperField(nn.Module):
             self.register_buffer("to_rgb", torch.zeros(3, config.channels))
             self.register_buffer("rgb_bias", torch.zeros(3))
 
-    def set_progress(self, share: float) -> None:
-        """Anneal lambda_Sigma to what it is after a share, 0 to 1, of the run. In place: outside a
-        CUDA graph, which then replays with it."""
+    def set_progress(self, share: Tensor) -> None:
+        """Anneal lambda_Sigma to what it is after a share, (1,) from 0 to 1, of the run."""
         (start, end), until = self.config.spread, self.config.spread_share
-        fallen = min(1.0, share / until) if until > 0 else 1.0
-        self.spread.fill_(start + (end - start) * fallen)
+        self.spread.copy_(start + (end - start) * (share / until).clamp(max=1.0))
 
     def half_copies(self) -> dict[nn.Parameter, Tensor]:
         """None: everything is float32."""

@@ -26,7 +26,7 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # enough to hide accesses to memory. double is for tests and gradcheck, not for speed.
 CEILING = {"float": 64, "half": 64, "double": 128, "-": 64}
 CEILING_OF = {  # kernel:type -> registers, and why more
-    "composite_backward_kernel:float": 72,  # 8 channels, of which a lane holds two gradients
+    "composite_backward_kernel:float": 72,  # 8 channels, two gradients each; or a light, a normal
     "hash_grad_x_kernel:float": 120,  # 8 corners of 8 features are on their way together
     "hash_grad_x_kernel:half": 80,
     "hash_grad_x_kernel:double": 208,

@@ -207,6 +207,22 @@ BUGS = [
         "result",
     ),
     Bug(
+        "shading of the next view",
+        "composite.h",
+        "SHADING * (ray / a.rays_per_view)",
+        "SHADING * ((ray + 1) / a.rays_per_view)",
+        "op test_composite_lit.py -k test_twin",
+        "AddressSanitizer",
+    ),
+    Bug(
+        "a shuffle where lanes have left",
+        "composite.cu",
+        "if constexpr (LIT) store_rows3(",
+        "if (LIT && row < stop) store_rows3(",
+        "op test_composite_lit.py -k test_twin",
+        "emulation",
+    ),
+    Bug(
         "rows past count unwritten",
         "hash_encode.cu",
         "if (point >= a.n || level >= a.n_levels) return;",

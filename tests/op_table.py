@@ -50,11 +50,24 @@ def cases() -> dict:
                 (rand(7, 5), rand(ops.mlp_parameters(widths)) - 0.5), True),
         "composite": (lambda m, *a: m.composite(*a, PACKED),
                       (5 * rand(9), rand(9, 3), rand(9), 0.1 * rand(9)), True),
+        "composite_lit": (_lit, (5 * rand(9), rand(9, 3), 20 * rand(9, 3) - 10, 0.1 * rand(9)),
+                          True),
         "occupancy_points": (lambda m, x: m.occupancy_points(8, 0.7, 3, dtype=x.dtype),
                              (rand(1),), False),
         "occupancy_update": (_occupancy, (rand(512), rand(512)), False),
         "adam_step": (_adam, (rand(50), rand(50) - 0.5, rand(50), rand(50)), False),
     }  # fmt: skip
+
+
+def _lit(m, sigma, albedo, gradient, dt):
+    """The orientation is left out: to it the weights are constants, which gradcheck is not told."""
+    generator = torch.Generator().manual_seed(1)
+    t, o, d, shading = (
+        torch.rand(*shape, generator=generator, dtype=torch.float64).to(sigma)
+        for shape in ((9,), (4, 3), (4, 3), (2, 7))
+    )
+    d = torch.nn.functional.normalize(d, dim=-1)
+    return m.composite_lit(sigma, albedo, gradient, t, dt, PACKED, o, d, shading)[:5]
 
 
 def _occupancy(m, ema, density):

@@ -73,6 +73,14 @@ template <class T> void composite() {
   a.grad_sigma = numbers<T>(77), a.grad_rgb = numbers<T>(3 * 77);
   a.grad_t = numbers<T>(77), a.grad_dt = numbers<T>(77);
   RUN(composite_backward, a);
+  LitArgs<T>& lit = a.lit;
+  lit.gradient = numbers<T>(3 * 77), lit.rays_o = numbers<T>(3 * 5), lit.rays_d = numbers<T>(3 * 5);
+  lit.shading = numbers<T>(SHADING), lit.rays_per_view = 5;
+  lit.normal = numbers<T>(3 * 5), lit.orientation = numbers<T>(5);
+  RUN(composite_lit_forward, a);
+  lit.grad_normal = numbers<T>(3 * 5), lit.grad_orientation = numbers<T>(5);
+  lit.grad_gradient = numbers<T>(3 * 77);
+  RUN(composite_lit_backward, a);
 }
 
 template <class T> void frequency_encode() {

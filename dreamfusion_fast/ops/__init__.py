@@ -6,7 +6,7 @@ Every op has a plain-torch twin of the same name in `reference`: the specificati
 # One line a stem, alphabetical; in __all__ one line an op.
 from ._backend import has_half
 from .adam import Adam, adam_step
-from .composite import composite
+from .composite import composite, composite_lit
 from .frequency_encode import frequency_encode, frequency_encode_gradient
 from .hash_encode import hash_encode, hash_encode_gradient, hash_table_rows
 from .march import Samples, march
@@ -20,6 +20,7 @@ __all__ = [
     "Samples",
     "adam_step",
     "composite",
+    "composite_lit",
     "frequency_encode",
     "frequency_encode_gradient",
     "generate_rays",

@@ -125,18 +125,62 @@ def adam_step(
 def composite(sigma, rgb, t, dt, packed, early_stop=0.0):
     """Weights T alpha, T the product of what the samples in front let through, on a table with a
     row for each ray, and sums of what they weigh."""
-    samples, (start, count) = len(sigma), packed.long().unbind(-1)
-    start = start.clamp(0, samples)
-    count = count.clamp(min=0).minimum(samples - start)
-    column = torch.arange(int(count.max()) if len(count) else 0, device=sigma.device)
-    inside = column < count[:, None]
-    rows = torch.where(inside, start[:, None] + column, samples)  # `samples`: no such row
-    s, t, rgb = (torch.cat((x, x.new_zeros(1, *x.shape[1:])))[rows] for x in (sigma * dt, t, rgb))
+    samples, rows = len(sigma), _rows_of_rays(packed, len(sigma))
+    s, t, rgb = (_with_no_row(x)[rows] for x in (sigma * dt, t, rgb))
     behind = (-s).exp().cumprod(1)
     T = torch.cat((torch.ones_like(behind[:, :1]), behind[:, :-1]), 1)
-    w = torch.where(inside & ~(T < early_stop), T * -torch.expm1(-s), 0.0)
+    w = torch.where((rows < samples) & ~(T < early_stop), T * -torch.expm1(-s), 0.0)
     weights = sigma.new_zeros(samples + 1).index_put((rows,), w)[:-1]
     return (w[..., None] * rgb).sum(1), w.sum(1), (w * t).sum(1), weights
+
+
+def _rows_of_rays(packed, samples):
+    """The rows of each ray (R, longest), filled up with `samples`: no such row."""
+    start, count = packed.long().unbind(-1)
+    start = start.clamp(0, samples)
+    count = count.clamp(min=0).minimum(samples - start)[:, None]
+    column = torch.arange(int(count.max()) if len(count) else 0, device=packed.device)
+    return torch.where(column < count, start[:, None] + column, samples)
+
+
+def _with_no_row(x):
+    return torch.cat((x, x.new_zeros(1, *x.shape[1:])))
+
+
+NORMAL_EPS = 1e-3  # per scene unit
+
+
+def normals(gradient):
+    """-g / sqrt(|g|² + EPS²): against the gradient, of length 1, or 0 where there is none."""
+    return -gradient * (gradient.square().sum(-1, keepdim=True) + NORMAL_EPS**2).rsqrt()
+
+
+def shade(albedo, normal, positions, shading):
+    """(k albedo + b) (a + d max(0, n · to_light)) for rows l, a, d, k, b of each position."""
+    light, ambient, diffuse, texture, base = shading.split((3, 1, 1, 1, 1), -1)
+    way = light - positions
+    length = way.norm(dim=-1, keepdim=True)
+    to_light = way / torch.where(length == 0, 1.0, length)
+    facing = (normal * to_light).sum(-1, keepdim=True)
+    return (texture * albedo + base) * (ambient + diffuse * facing.relu())
+
+
+def composite_lit(
+    sigma, albedo, gradient, t, dt, packed, rays_o, rays_d, shading, early_stop=0.0
+):  # fmt: skip
+    """Shade each sample by its ray's row, then composite colours, normals and penalties."""
+    rows, view = _rows_of_rays(packed, len(sigma)), len(packed) // len(shading)
+    ray = torch.full((len(sigma) + 1,), len(packed), device=sigma.device)
+    ray[rows] = torch.arange(len(packed), device=sigma.device)[:, None]
+    per_ray = rays_o, rays_d, shading.repeat_interleave(view, 0)
+    o, d, light = (_with_no_row(x.detach())[ray[:-1]] for x in per_ray)
+    normal = normals(gradient)
+    colour = shade(albedo, normal, o + t.detach()[:, None] * d, light)
+    out = composite(sigma, torch.cat((colour, normal), -1), t, dt, packed, early_stop)
+    against = (normal * d).sum(-1, keepdim=True).relu().square()
+    constant = (x.detach() for x in (t, dt))
+    orientation = composite(sigma.detach(), against, *constant, packed, early_stop)[0]
+    return out[0][:, :3], *out[1:], out[0][:, 3:], orientation[:, 0]
 
 
 # ---- frequency_encode ---------------------------------------------------------------------------
