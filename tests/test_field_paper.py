@@ -19,7 +19,7 @@ def field(device, dtype=torch.float64, **settings) -> PaperField:
     with torch.no_grad():
         for p in f.parameters():
             p.add_(0.3 * torch.randn(p.shape, generator=rng))
-    f.set_progress(1.0)
+    f.set_progress(torch.tensor([1.0]))
     return f.to(device, dtype)
 
 
@@ -148,11 +148,11 @@ def test_spread_is_annealed_in_place(device, rng):
     f, x = field(device, spread=(0.5, 0.1)), points(rng, device)
     place = f.spread.data_ptr()
     for share, want in [(0.0, 0.5), (1 / 6, 0.3), (1 / 3, 0.1), (1.0, 0.1)]:
-        f.set_progress(share)
+        f.set_progress(torch.tensor([share]))
         assert f.spread.item() == pytest.approx(want)
     assert f.spread.data_ptr() == place and "spread" in f.state_dict()
     sharp = f(x, normals=True)[2].norm()
-    f.set_progress(0.0)
+    f.set_progress(torch.tensor([0.0]))
     assert f(x, normals=True)[2].norm() < sharp
 
 
