@@ -60,12 +60,13 @@ class PaperField(nn.Module):
             self.register_buffer("to_rgb", torch.zeros(3, config.channels))
             self.register_buffer("rgb_bias", torch.zeros(3))
 
-    def set_progress(self, share: float) -> None:
-        """Anneal lambda_Sigma to what it is after a share, 0 to 1, of the run. In place: outside a
-        CUDA graph, which then replays with it."""
-        (start, end), until = self.config.spread, self.config.spread_share
-        fallen = min(1.0, share / until) if until > 0 else 1.0
-        self.spread.fill_(start + (end - start) * fallen)
+    def set_progress(self, share: Tensor | float) -> None:
+        """How far the run is, a number or (1,), from 0 to 1: lambda_Sigma falls accordingly. In
+        place, and without waiting for the device: a CUDA graph may hold it or replay with it."""
+        start, end = self.config.spread
+        until = max(self.config.spread_share, 1e-9)
+        fallen = (torch.as_tensor(share).to(self.spread) / until).clamp(max=1.0)
+        self.spread.copy_(start + (end - start) * fallen)
 
     def half_copies(self) -> dict[nn.Parameter, Tensor]:
         """None: everything is float32."""

@@ -148,8 +148,9 @@ def test_spread_is_annealed_in_place(device, rng):
     f, x = field(device, spread=(0.5, 0.1)), points(rng, device)
     place = f.spread.data_ptr()
     for share, want in [(0.0, 0.5), (1 / 6, 0.3), (1 / 3, 0.1), (1.0, 0.1)]:
-        f.set_progress(share)
-        assert f.spread.item() == pytest.approx(want)
+        for way in (share, torch.tensor([share], device=device)):
+            f.set_progress(way)
+            assert f.spread.item() == pytest.approx(want)
     assert f.spread.data_ptr() == place and "spread" in f.state_dict()
     sharp = f(x, normals=True)[2].norm()
     f.set_progress(0.0)
