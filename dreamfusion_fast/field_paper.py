@@ -62,7 +62,7 @@ class PaperField(nn.Module):
 
     def set_progress(self, share: Tensor | float) -> None:
         """How far the run is, a number or (1,), from 0 to 1: lambda_Sigma falls accordingly. In
-        place, and without waiting for the device: a CUDA graph may hold it or replay with it."""
+        place: a CUDA graph replays with it, and may hold it where share is the device's."""
         start, end = self.config.spread
         until = max(self.config.spread_share, 1e-9)
         fallen = (torch.as_tensor(share).to(self.spread) / until).clamp(max=1.0)
