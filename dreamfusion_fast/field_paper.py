@@ -61,9 +61,10 @@ class PaperField(nn.Module):
             self.register_buffer("rgb_bias", torch.zeros(3))
 
     def set_progress(self, share: Tensor) -> None:
-        """Anneal lambda_Sigma to what it is after a share, (1,) from 0 to 1, of the run."""
-        (start, end), until = self.config.spread, self.config.spread_share
-        self.spread.copy_(start + (end - start) * (share / until).clamp(max=1.0))
+        """How far the run is, (1,) from 0 to 1, on the field's device: lambda_Sigma falls."""
+        start, end = self.config.spread
+        fallen = (share / max(self.config.spread_share, 1e-9)).clamp(max=1.0)
+        self.spread.copy_(start + (end - start) * fallen)
 
     def half_copies(self) -> dict[nn.Parameter, Tensor]:
         """None: everything is float32."""
