@@ -28,13 +28,16 @@ CAPACITY_STEP = 1 << 14  # sample buffers grow in steps of so many rows
 @dataclass
 class Rendering:
     """image (B, 3, H, W) in [0, 1], or latents; opacity (B, H, W) in [0, 1]; depth (B, H, W)
-    = sum of w t, scene units; count (1,) int32, samples wanted; capacity, samples that fit."""
+    = sum of w t, scene units; count (1,) int32, samples wanted; capacity, samples that fit;
+    weights (capacity,) of the samples; samples, see ops.Samples."""
 
     image: Tensor
     opacity: Tensor
     depth: Tensor
     count: Tensor
     capacity: int
+    weights: Tensor
+    samples: Samples
 
 
 class Renderer(nn.Module):
@@ -70,7 +73,7 @@ class Renderer(nn.Module):
         samples = self._march(*rays, seed, jitter, self.capacity)
         sigma, albedo = self.field(samples.positions, samples.count, latent)
         # Place of shading: albedo becomes lit colour here, once normals exist.
-        colour, opacity, depth = self._composite(sigma, albedo, samples)
+        colour, opacity, depth, weights = self._composite(sigma, albedo, samples)
         behind = self._background(background, rays[1], n, size)
         picture = colour + (1.0 - opacity[:, None]) * behind
         image = picture.reshape(n, size, size, -1).permute(0, 3, 1, 2).contiguous()
@@ -80,14 +83,15 @@ class Renderer(nn.Module):
             depth.reshape(n, size, size),
             samples.count,
             self.capacity,
+            weights,
+            samples,
         )
 
-    def _composite(self, sigma, values, samples: Samples) -> tuple[Tensor, Tensor, Tensor]:
+    def _composite(self, sigma, values, samples: Samples) -> tuple[Tensor, ...]:
         """Any number of channels, as many at a time as the op takes."""
         rest = samples.t, samples.dt, samples.packed, self.config.early_stop
         parts = [composite(sigma, v.contiguous(), *rest) for v in values.split(MAX_CHANNELS, 1)]
-        _, opacity, depth, _ = parts[0]
-        return torch.cat([colour for colour, *_ in parts], 1), opacity, depth
+        return torch.cat([colour for colour, *_ in parts], 1), *parts[0][1:]
 
     def _rays(self, cameras: Cameras, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Origins and directions (R, 3) through all pixels; distances in and out of the sphere."""
