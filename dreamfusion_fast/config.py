@@ -8,6 +8,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+# A weight's course: at step 0, at the end, and the share of the run (0 to 1] at which the end is
+# reached, linearly. A single number given to RunConfig.change is a constant weight.
+Schedule = tuple[float, float, float]
+
 
 @dataclass
 class CameraConfig:
@@ -101,18 +105,35 @@ class GuidanceConfig:
 
 
 @dataclass
+class ShadingConfig:
+    ambient_until: float = 1 / 15  # share of the run without light, only ambient (paper)
+    lit: float = 0.75  # share of views that are lit from then on (paper)
+    textureless: float = 0.5  # share of lit views whose albedo is white (paper)
+    ambient: float = 0.1  # l_a of lit views (paper)
+    diffuse: float = 0.9  # l_rho of lit views (paper)
+    white: float = 1.0  # albedo of textureless views (paper)
+    light_distance: tuple[float, float] = (0.8, 1.5)  # from the origin, scene units (paper)
+    normals: str = "analytic"  # analytic (paper) | finite: from density differences
+    epsilon: float = 0.005  # half the width of those differences, scene units
+
+
+@dataclass
 class LossConfig:
-    opacity: float = 1e-3  # sqrt(opacity^2 + 0.01), 1e-3 to 5e-3 (paper)
-    opacity_end: float | None = None  # at the last step, reached linearly; None: the same
+    opacity: Schedule = (1e-3, 1e-3, 1.0)  # 1e-3 to 5e-3 (paper)
+    orientation: Schedule = (1e-4, 1e-2, 1 / 3)  # (paper)
+    entropy: Schedule = (0.0, 0.0, 1.0)
+    distortion: Schedule = (0.0, 0.0, 1.0)
+    normal_smoothness: Schedule = (0.0, 0.0, 1.0)
 
 
 @dataclass
 class OptimizerConfig:
+    name: str = "adam"  # adam | adan | shampoo (paper: its distributed form)
     table_rate: float = 1e-2
-    mlp_rate: float = 2e-3
-    warmup: int = 50  # steps
-    final_share: float = 0.1  # of the rate, at the end of the cosine
-    betas: tuple[float, float] = (0.9, 0.99)
+    mlp_rate: float = 2e-3  # at the end of the warm-up; 1e-4 (paper)
+    warmup: int = 50  # steps; 3,000 of 15,000 (paper)
+    final_share: float = 0.1  # of the rate, at the end of the cosine; 0.01 (paper)
+    betas: tuple[float, ...] = ()  # empty: what suits the name, see optimizers.BETAS
     eps: float = 1e-15
 
 
@@ -129,6 +150,7 @@ class RunConfig:
     field: FieldConfig = dataclasses.field(default_factory=FieldConfig)
     render: RenderConfig = dataclasses.field(default_factory=RenderConfig)
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
+    shading: ShadingConfig = dataclasses.field(default_factory=ShadingConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
@@ -145,17 +167,11 @@ class RunConfig:
         ):
             raise ValueError(f"config: expected a setting's name, e.g. guidance.scale, got {name}")
         old = getattr(stage, last)
-        if isinstance(old, tuple) and isinstance(value, list) and len(value) == len(old):
-            value = tuple(value)
-        kind = type(old)
-        if old is None:  # what else it may be stands in its annotation, "int | None"
-            annotations = {f.name: f.type for f in dataclasses.fields(stage)}
-            kind = {"int": int, "float": float, "str": str}[annotations[last].split(" ")[0]]
-        number = (int, float) if kind is float else kind
-        fits = isinstance(value, number) and isinstance(value, bool) == (kind is bool)
-        if not fits or dataclasses.is_dataclass(old):
+        annotation = {f.name: f.type for f in dataclasses.fields(stage)}[last]
+        fitted = _fitted(value, old, annotation)
+        if fitted is None or dataclasses.is_dataclass(old):
             raise ValueError(f"config `{name}`: expected a value like {old!r}, got {value!r}")
-        setattr(stage, last, float(value) if isinstance(old, float) else value)
+        setattr(stage, last, fitted)
 
     @classmethod
     def from_dict(cls, values: dict) -> RunConfig:
@@ -165,12 +181,33 @@ class RunConfig:
             "field": FieldConfig,
             "render": RenderConfig,
             "guidance": GuidanceConfig,
+            "shading": ShadingConfig,
             "loss": LossConfig,
             "optimizer": OptimizerConfig,
         }
         known = {name: _known(kind, values.get(name, {}), name) for name, kind in stages.items()}
         rest = {k: v for k, v in values.items() if k not in stages}
         return _known(cls, {**rest, **known}, "run")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _fitted(value, old, annotation: str):
+    """The value as a setting keeps it that is `old` now; None if it is of another kind."""
+    if annotation == "Schedule" and _is_number(value):
+        value = [value, value, 1.0]
+    if isinstance(old, tuple):
+        numbers = isinstance(value, (list, tuple)) and all(map(_is_number, value))
+        fits = numbers and ("..." in annotation or len(value) == len(old))
+        return tuple(map(float, value)) if fits else None
+    kind = type(old)
+    if old is None:  # what else it may be stands in its annotation, "int | None"
+        kind = {"int": int, "float": float, "str": str}[annotation.split(" ")[0]]
+    if kind is float:
+        return float(value) if _is_number(value) else None
+    return value if isinstance(value, kind) and isinstance(value, bool) == (kind is bool) else None
 
 
 def _known(kind, values: dict, name: str):
@@ -201,7 +238,7 @@ def preset(guidance: str, **settings) -> RunConfig:
     if guidance == "toybox":
         config.camera = toybox_camera()
         # Guidance makes parts fatter than they are; the paper's weight hardly holds against it.
-        config.loss.opacity, config.loss.opacity_end = 0.15, 0.01
+        config.loss.opacity = (0.15, 0.01, 1.0)
         config.steps = settings.get("steps", 300)
     if guidance == "exemplar":  # exact scores: nothing to amplify
         config.guidance.scale = 0.0

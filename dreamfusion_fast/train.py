@@ -18,14 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import camera, checkpoint, export, guidance, sds
+from . import camera, checkpoint, export, guidance, losses, optimizers, sds
+from .checks import check
 from .config import RunConfig
 from .field import Field
 from .graph import Captured
 from .guidance.timed import Timed
-from .ops import Adam, has_half
+from .ops import has_half
 from .prompting import Prompts
-from .render import Renderer
+from .render import Renderer, Rendering
 
 MEASURES = ("sds", "opacity", "mean_opacity", "samples", "views_skipped", "updates_skipped")
 REPORT_EVERY = 10  # steps, on a GPU: reading what it measured waits for it
@@ -51,8 +52,8 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 @dataclass
 class Draw:
     """What is random or scheduled in one pass, on the device. seeds: (2,) int64, of the samples and
-    of the noise; embedding and negative_weights: see prompting.Prompts; rate: (1,), of Adam;
-    opacity: (), weight of the penalty."""
+    of the noise; embedding and negative_weights: see prompting.Prompts; rate: (1,), factor
+    of the learning rates; losses: (5,), weights in the order of losses.NAMES."""
 
     cameras: camera.Cameras
     background: Tensor | None
@@ -61,7 +62,7 @@ class Draw:
     embedding: Tensor
     negative_weights: Tensor | None
     rate: Tensor
-    opacity: Tensor
+    losses: Tensor
 
     def copy_(self, other: Draw) -> None:
         """Take the other's numbers, in the same places."""
@@ -108,13 +109,13 @@ class Trainer:
         self.grad_scale = HALF_SCALE if config.field.half else 1.0
         if config.render.latent:
             self._set_colour_map()
-        self.rate = torch.ones(1, device=self.device)  # of Adam, a factor
         self.optimizer = self._build_optimizer()
+        self.regularizers = losses.active(config.loss)
         self.measured = torch.zeros(len(MEASURES), dtype=torch.float64, device=self.device)
         self.bad = torch.zeros(1, dtype=torch.int32, device=self.device)  # views, since the start
         self.draws: list[Draw] = []  # of the current step, where the graph reads them
         # What a guidance renders for the camera lies elsewhere each time: no graph can hold it.
-        static = not hasattr(self.guidance.guide, "set_cameras")
+        static = not hasattr(self.guidance.guide, "set_cameras") and self.optimizer.capturable
         self.advance = Captured(self._advance, self.device if static else torch.device("cpu"))
         self.report_every = 1 if self.device.type == "cpu" else REPORT_EVERY
         self.step, self.made, self.stopping = 0, 0, False  # made: steps, by this object
@@ -242,7 +243,7 @@ class Trainer:
             embedding,
             negative_weights,
             self._there(torch.tensor([rate_share(self.step, c)])),
-            self._there(torch.tensor(opacity_weight(self.step, c))),
+            self._there(losses.weights_at(c.loss, self.step / c.steps)),
         )
 
     def _seeds(self, generator: torch.Generator, n: int) -> Tensor:
@@ -256,7 +257,7 @@ class Trainer:
         """Render, distil, step, measure: all on the device, reading self.draws."""
         self.optimizer.zero_grad(set_to_none=True)
         passes = torch.stack([self._accumulate(draw) for draw in self.draws])
-        self.rate.copy_(self.draws[0].rate)
+        self.optimizer.set_share(self.draws[0].rate)
         self.optimizer.step(grad_scale=self.grad_scale)
         counts = torch.cat((self.bad, self.optimizer.skipped_on(self.device)))
         self.measured.copy_(torch.cat((passes[:, :3].mean(0), passes[:, 3].amax(0)[None], counts)))
@@ -272,12 +273,23 @@ class Trainer:
             self.guidance, z, draw.t, draw.seeds[1:], draw.embedding, self.schedule, self.bad,
             draw.negative_weights, self.grad_scale * share,
         )  # fmt: skip
-        opacity_loss = opacity_penalty(rendering.opacity)
-        total = self.grad_scale / c.accumulate * draw.opacity * opacity_loss
+        terms = self._regularize(rendering)
+        total = self.grad_scale / c.accumulate * losses.weighted(terms, draw.losses)
         torch.autograd.backward((z, total), (gradient.to(z.dtype), torch.ones_like(total)))
         spread = gradient.square().mean().sqrt() / (self.grad_scale * share)
-        measures = spread, opacity_loss, rendering.opacity.mean(), rendering.count[0]
+        measures = spread, terms["opacity"], rendering.opacity.mean(), rendering.count[0]
         return torch.stack([x.detach().double() for x in measures])
+
+    def _regularize(self, rendering: Rendering) -> dict[str, Tensor]:
+        """The regularizers that have a weight at some step, and the opacity's: it is measured."""
+        terms = {"opacity": losses.opacity_penalty(rendering.opacity)}
+        if "entropy" in self.regularizers:
+            terms["entropy"] = losses.entropy(rendering.opacity)
+        if "distortion" in self.regularizers:
+            _, t, dt, packed, _ = rendering.samples
+            of_rays = losses.distortion(rendering.weights, t, dt, packed)
+            terms["distortion"] = of_rays.sum() / len(rendering.opacity)
+        return terms
 
     def _report(self, log, pending: list[Tensor], began: float) -> list[dict]:
         """Write the metrics of the pending steps, made since `began`. Waits for the device."""
@@ -310,7 +322,7 @@ class Trainer:
         if self.renderer.fit_capacity(max(row["samples"] for row in rows)):
             self.advance.reset()
 
-    def _build_optimizer(self) -> Adam:
+    def _build_optimizer(self) -> optimizers.FusedAdam | optimizers.Kept:
         o, field = self.config.optimizer, self.renderer.field
         small = [field.weights]
         if self.renderer.environment is not None:
@@ -319,8 +331,8 @@ class Trainer:
             {"params": [field.table], "lr": o.table_rate},
             {"params": small, "lr": o.mlp_rate},
         ]
-        half_copies = field.half_copies()
-        return Adam(groups, betas=o.betas, eps=o.eps, half_copies=half_copies, rate=self.rate)
+        rate = torch.ones(1, device=self.device)
+        return optimizers.build(o, groups, field.half_copies(), rate)
 
     def _start_files(self) -> None:
         text = json.dumps(self.config.to_dict(), indent=1)
@@ -328,10 +340,9 @@ class Trainer:
         _keep_lines(self.folder / "metrics.jsonl", self.step)
 
     def save(self) -> None:
-        """Write the checkpoint: parameters, Adam's moments, occupancy, step."""
+        """Write the checkpoint: parameters, the optimizer's state, occupancy, step."""
         tensors = {f"model.{k}": v for k, v in self.renderer.state_dict().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{i}.{k}": v for k, v in state.items()}
+        tensors |= {f"optimizer.{k}": v for k, v in self.optimizer.tensors().items()}
         tensors["step"] = torch.tensor([self.step])
         tensors["capacity"] = torch.tensor([self.renderer.capacity])
         checkpoint.save(self.checkpoint_path, tensors, self.config.to_dict())
@@ -343,15 +354,12 @@ class Trainer:
                 f"argument `prompt`: expected {config['prompt']!r}, the run's own, got "
                 f"{self.config.prompt!r}"
             )
-        self.renderer.load_state_dict(model_tensors(tensors))
+        theirs, ours = config["optimizer"].get("name"), self.config.optimizer.name
+        if theirs != ours:
+            raise ValueError(f"config `optimizer.name`: expected {theirs}, the run's, got {ours}")
+        self.renderer.load_state_dict(within(tensors, "model."))
         self.renderer.field.refresh_half()
-        state: dict[int, dict] = {}
-        for key, value in tensors.items():
-            if key.startswith("adam."):
-                _, i, name = key.split(".")
-                state.setdefault(int(i), {})[name] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.optimizer.load(within(tensors, "optimizer."))
         self.step = int(tensors["step"])
         self.renderer.capacity = int(tensors["capacity"])
 
@@ -372,25 +380,6 @@ def settled(device) -> torch.device:
     return torch.device("cuda", index)
 
 
-def check(config: RunConfig) -> None:
-    """Raise ValueError for settings that cannot run."""
-    if not config.prompt.strip():
-        raise ValueError("argument `prompt`: expected a text, got an empty one")
-    for name in ("steps", "views", "accumulate", "checkpoint_every", "preview_every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"argument `{name}`: expected at least 1, got {getattr(config, name)}")
-    if config.render.occupancy_every < 1:
-        raise ValueError(
-            f"argument `occupancy_every`: expected at least 1, got {config.render.occupancy_every}"
-        )
-    backgrounds = ("random", "grey", "environment")
-    if config.render.background not in backgrounds:
-        raise ValueError(
-            f"argument `background`: expected one of {', '.join(backgrounds)}, got "
-            f"{config.render.background!r}"
-        )
-
-
 def rate_share(step: int, config: RunConfig) -> float:
     """Linear warm-up, then a cosine from 1 to optimizer.final_share."""
     o = config.optimizer
@@ -398,16 +387,6 @@ def rate_share(step: int, config: RunConfig) -> float:
     return min(1.0, (step + 1) / max(1, o.warmup)) * (
         o.final_share + (1.0 - o.final_share) * cosine
     )
-
-
-def opacity_weight(step: int, config: RunConfig) -> float:
-    start, end = config.loss.opacity, config.loss.opacity_end
-    return start if end is None else start + (end - start) * step / config.steps
-
-
-def opacity_penalty(opacity: Tensor) -> Tensor:
-    """Sum over the pixels of sqrt(opacity² + 0.01), averaged over views (A.2)."""
-    return (opacity.square() + 0.01).sqrt().sum() / len(opacity)
 
 
 def _keep_lines(path: Path, n: int) -> None:
@@ -423,12 +402,12 @@ def load_renderer(folder: Path, device="cpu") -> Renderer:
     config, device = RunConfig.from_dict(stored), settled(device)
     generator = torch.Generator().manual_seed(config.seed)
     renderer = Renderer(Field(config.field, generator), config.render, generator).to(device)
-    renderer.load_state_dict(model_tensors(tensors))
+    renderer.load_state_dict(within(tensors, "model."))
     renderer.field.refresh_half()
     renderer.capacity = int(tensors["capacity"])
     return renderer
 
 
-def model_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The renderer's state dict among a checkpoint's tensors."""
-    return {k[len("model.") :]: v for k, v in tensors.items() if k.startswith("model.")}
+def within(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}

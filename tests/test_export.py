@@ -202,7 +202,7 @@ class FakeRenderer(nn.Module):
         shade = (cameras.azimuth / (2 * math.pi))[:, None, None, None] + self.field.anchor
         image = shade.expand(n, 3, size, size) * float(count <= self.capacity)
         flat = torch.ones(n, size, size)
-        return Rendering(image, flat, flat, torch.tensor([count]), self.capacity)
+        return Rendering(image, flat, flat, torch.tensor([count]), self.capacity, flat, None)
 
     def fit_capacity(self, count):
         self.capacity = count * 5 // 4

@@ -9,6 +9,7 @@ from test_train import Orange, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreamfusion_fast import graph
+from dreamfusion_fast.config import LossConfig
 from dreamfusion_fast.train import Trainer
 
 # What waits for the device, or makes a size of what lies there.
@@ -74,6 +75,7 @@ def test_a_step_never_waits(tmp_path, background, settings):
     config.render.background = background
     for name, value in settings.items():
         setattr(config.guidance, name, value)
+    config.loss = LossConfig(entropy=(0.0, 0.1, 1.0), distortion=(0.1, 0.1, 1.0))
     trainer = Trainer(config, tmp_path, Orange())
     trainer._step()
     guard = NoSync()
