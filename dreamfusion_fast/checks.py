@@ -7,7 +7,7 @@ import math
 from . import losses, optimizers
 from .config import CameraConfig, RunConfig, ShadingConfig
 
-BACKGROUNDS = ("random", "grey", "environment")
+BACKGROUNDS = ("random", "solid", "learned", "environment")
 NORMALS = ("analytic", "finite")
 
 
@@ -26,6 +26,15 @@ def check(config: RunConfig) -> None:
         raise ValueError(
             f"argument `background`: expected one of {', '.join(BACKGROUNDS)}, got "
             f"{config.render.background!r}"
+        )
+    if config.render.normals not in NORMALS:
+        raise ValueError(
+            f"config `render.normals`: expected one of {', '.join(NORMALS)}, got "
+            f"{config.render.normals!r}"
+        )
+    if not 0 < config.render.epsilon < math.inf:
+        raise ValueError(
+            f"config `render.epsilon`: expected more than 0, got {config.render.epsilon}"
         )
     check_camera(config.camera, config.field.radius)
     check_shading(config.shading)
@@ -59,13 +68,6 @@ def check_shading(shading: ShadingConfig) -> None:
     for name in ("ambient", "diffuse", "white"):
         _check_number(f"shading.{name}", getattr(shading, name))
     _check_range("shading.light_distance", shading.light_distance, 0.0)
-    if shading.normals not in NORMALS:
-        raise ValueError(
-            f"config `shading.normals`: expected one of {', '.join(NORMALS)}, got "
-            f"{shading.normals!r}"
-        )
-    if not 0 < shading.epsilon < math.inf:
-        raise ValueError(f"config `shading.epsilon`: expected more than 0, got {shading.epsilon}")
 
 
 def _check_number(name: str, value: float, most: float = math.inf) -> None:

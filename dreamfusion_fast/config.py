@@ -85,15 +85,16 @@ class RenderConfig:
 
 @dataclass
 class GuidanceConfig:
-    name: str = "toybox"  # toybox | exemplar | a folder or hub name of a diffusers pipeline
+    name: str = "toybox"  # toybox | exemplar | clip | a folder or hub name of a diffusers pipeline
     dtype: str = "auto"  # fp32 | fp16 | bf16 | auto: fp16 on CUDA
     size: int | None = None  # side of what a latent model sees, pixels; None: its own
     compile: bool = False  # the U-Net, by torch.compile
     low_memory: bool = False  # slower, for small GPUs
+    model: str | None = None  # folder or hub name of the CLIP of "clip"; None: the toybox's scorer
     tiny_vae: str | None = None  # folder or hub name of an AutoencoderTiny, e.g. madebyollin/taesd
     scale: float = 10.0  # omega of (1 + omega) eps_cond - omega eps_uncond; 100 (paper)
     negative: str = ""  # text in the place of the empty one
-    view_text: str = "nearest"  # front, side, back: the nearest's text (paper) | interpolate
+    view_text: str = "nearest"  # front, side, back: the nearest's (paper) | interpolate | none
     perp_neg: float = 0.0  # how strongly the neighbouring sides' texts are avoided; 0: not
     t_range: tuple[float, float] = (0.02, 0.98)  # share of the schedule (paper)
     t_high_end: float = 0.98  # upper end at the last step: t_range's falls to it, never rises
@@ -113,8 +114,6 @@ class ShadingConfig:
     diffuse: float = 0.9  # l_rho of lit views (paper)
     white: float = 1.0  # albedo of textureless views (paper)
     light_distance: tuple[float, float] = (0.8, 1.5)  # from the origin, scene units (paper)
-    normals: str = "analytic"  # analytic (paper) | finite: from density differences
-    epsilon: float = 0.005  # half the width of those differences, scene units
 
 
 @dataclass
@@ -124,6 +123,8 @@ class LossConfig:
     entropy: Schedule = (0.0, 0.0, 1.0)
     distortion: Schedule = (0.0, 0.0, 1.0)
     normal_smoothness: Schedule = (0.0, 0.0, 1.0)
+    transmittance: Schedule = (0.0, 0.0, 1.0)  # 0.5 (Dream Fields)
+    transmittance_target: Schedule = (0.4, 0.88, 0.05)  # share of a picture (Dream Fields)
 
 
 @dataclass
@@ -144,6 +145,7 @@ class RunConfig:
     views: int = 4  # pictures at a time (paper)
     accumulate: int = 1  # times that many a step
     seed: int = 0
+    init: str = ""  # folder of a run whose scene is the start
     checkpoint_every: int = 100  # steps
     preview_every: int = 50  # steps
     camera: CameraConfig = dataclasses.field(default_factory=CameraConfig)
@@ -233,12 +235,19 @@ def _for_large_model(config: RunConfig, keep_steps: bool) -> None:
 def preset(guidance: str, **settings) -> RunConfig:
     """The defaults that suit a guidance, with `settings` of RunConfig on top."""
     config = RunConfig(guidance=GuidanceConfig(name=guidance), **settings)
-    if guidance not in ("toybox", "exemplar"):
+    if guidance not in ("toybox", "exemplar", "clip"):
         _for_large_model(config, "steps" in settings)
     if guidance == "toybox":
         config.camera = toybox_camera()
         # Guidance makes parts fatter than they are; the paper's weight hardly holds against it.
         config.loss.opacity = (0.15, 0.01, 1.0)
+        config.shading.white = 0.62  # of world.CLAY: what its training showed as textureless
+        config.steps = settings.get("steps", 300)
+    if guidance == "clip":  # Dream Fields knows neither light nor words for views
+        config.camera = toybox_camera()
+        config.guidance.scale, config.guidance.view_text = 0.0, "none"
+        config.shading.lit = 0.0
+        config.loss.opacity, config.loss.transmittance = (0.0, 0.0, 1.0), (0.5, 0.5, 1.0)
         config.steps = settings.get("steps", 300)
     if guidance == "exemplar":  # exact scores: nothing to amplify
         config.guidance.scale = 0.0

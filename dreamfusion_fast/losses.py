@@ -2,7 +2,8 @@
 
 All are averaged over views and summed over pixels, as the SDS gradient is (a weight then means the
 same at every picture size), and so is each term of DreamFusion's A.2 taken here. Open systems that
-average over pixels need their weights divided by the number of pixels.
+average over pixels need their weights divided by the number of pixels. Those of normals count in
+steps with light.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from torch import Tensor
 
 from .config import LossConfig, Schedule
 
-NAMES = ("opacity", "orientation", "entropy", "distortion", "normal_smoothness")
+NAMES = (
+    "opacity",
+    "orientation",
+    "entropy",
+    "distortion",
+    "normal_smoothness",
+    "transmittance",
+)
+SCHEDULED = (*NAMES, "transmittance_target")
 OPACITY_MARGIN = 1e-5  # of the entropy, from 0 and 1, where its slope is infinite
 
 
@@ -26,8 +35,8 @@ def weight_at(schedule: Schedule, share: float) -> float:
 
 
 def weights_at(config: LossConfig, share: float) -> Tensor:
-    """(5,) float32, the weights in the order of NAMES at `share` of the run."""
-    return torch.tensor([weight_at(getattr(config, name), share) for name in NAMES])
+    """(7,) float32 at `share` of the run: weights in the order of NAMES, transmittance's target."""
+    return torch.tensor([weight_at(getattr(config, name), share) for name in SCHEDULED])
 
 
 def active(config: LossConfig) -> frozenset[str]:
@@ -36,13 +45,13 @@ def active(config: LossConfig) -> frozenset[str]:
 
 
 def weighted(terms: dict[str, Tensor], weights: Tensor) -> Tensor:
-    """() the sum of the terms, each times its number of weights (5,), in the order of NAMES."""
+    """() the sum of the terms, each times its number of weights, see weights_at."""
     return torch.stack([weights[NAMES.index(name)] * x for name, x in terms.items()]).sum()
 
 
 def check_schedules(config: LossConfig) -> None:
     """Raise ValueError, naming the setting, for a schedule that cannot be followed."""
-    for name in NAMES:
+    for name in SCHEDULED:
         schedule = getattr(config, name)
         numbers = isinstance(schedule, tuple) and len(schedule) == 3
         if not numbers or not all(isinstance(x, (int, float)) for x in schedule):
@@ -85,6 +94,16 @@ def entropy(opacity: Tensor) -> Tensor:
     """
     o = opacity.clamp(OPACITY_MARGIN, 1.0 - OPACITY_MARGIN)
     return (torch.special.entr(o) + torch.special.entr(1.0 - o)).sum() / len(opacity)
+
+
+def transmittance(opacity: Tensor, target: Tensor) -> Tensor:
+    """-min(target, mean of 1 - o), which empties a picture down to a target (Dream Fields, Jain et
+    al. 2022, eq. 6).
+
+    opacity: (B, ...) in [0, 1]; target: () in [0, 1].
+    Returns (), averaged over pixels, unlike the others, and views.
+    """
+    return -torch.minimum(target, 1.0 - opacity.flatten(1).mean(1)).mean()
 
 
 def normal_smoothness(normals: Tensor) -> Tensor:

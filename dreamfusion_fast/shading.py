@@ -52,6 +52,16 @@ def sample(
     )
 
 
+def is_lit(rows: Tensor) -> Tensor:
+    """(B,) bool: rows (B, 7) with diffuse light, for which normals are needed."""
+    return rows[:, 4] > 0
+
+
+def is_textureless(rows: Tensor) -> Tensor:
+    """(B,) bool: rows (B, 7) without the field's own albedo."""
+    return rows[:, 5] == 0
+
+
 def fixed(cameras: Cameras, mode: str, white: float = 1.0) -> Tensor:
     """Rows (B, 7) for pictures to look at, on the cameras' device: "lit" by a light above the
     camera, the same "textureless" (albedo `white`), or the plain "albedo". ValueError for others.
