@@ -45,8 +45,8 @@ def generate(
     guidance: Annotated[
         str | None,
         typer.Option(
-            help="toybox (embedded), exemplar, clip, sd15, sd21, sdxl, if, or a diffusers pipeline's "
-            "folder or hub name"
+            help="toybox (embedded), exemplar, clip, sd15, sd21, sdxl, if, or a diffusers "
+            "pipeline's folder or hub name"
         ),
     ] = None,
     image_size: Annotated[

@@ -58,8 +58,8 @@ def blob_gradient(positions: Tensor, config: FieldConfig) -> Tensor:
 class Field(nn.Module):
     """Density and albedo of points inside the bounding sphere.
 
-    The logarithm of density is the MLP's first output plus a blob (A.2) and a constant; albedo is the sigmoid of the other three. Other
-    numbers of channels are latents (Metzer et al. 2023), of which an affine map makes colours.
+    The logarithm of density is the MLP's first output plus a blob (A.2) and a constant; albedo is
+    the sigmoid of the other three. Other numbers of channels are latents (Metzer et al. 2023), of which an affine map makes colours.
     """
 
     def __init__(self, config: FieldConfig, generator: torch.Generator):

@@ -38,9 +38,8 @@ def build(
         half_copies: parameter -> float16 tensor of its shape, kept equal to it by each step.
         rate: (1,) float32 on the parameters' device, where set_share keeps its factor.
     Raises:
-        ValueError: an unknown name, betas that do not suit it, or parameters that Shampoo has no
-            use for.
-        ImportError: pytorch_optimizer is needed and not installed.
+        ValueError: an unknown name, betas that do not suit it, parameters that Shampoo has no use
+            for, or pytorch_optimizer is needed and not installed.
     """
     check(config)
     betas = config.betas or BETAS[config.name]
@@ -86,9 +85,9 @@ def _kept_library(name: str):
     try:
         import pytorch_optimizer
     except ImportError:
-        raise ImportError(
-            f"config `optimizer.name`: {name} is pytorch_optimizer's, which is not installed: "
-            f"pip install 'dreamfusion-fast[optimizers]'"
+        raise ValueError(
+            f"config `optimizer.name`: expected adam, as {name} is pytorch_optimizer's, which is "
+            f"not installed: pip install 'dreamfusion-fast[optimizers]'"
         ) from None
     return pytorch_optimizer
 

@@ -383,7 +383,7 @@ class Trainer:
         try:
             self.renderer.load_state_dict(within(tensors, "model."))
         except RuntimeError as error:
-            raise ValueError(f"argument `init`: expected a scene like this run's: {error}") from None
+            raise ValueError(f"argument `init`: expected a scene like this one: {error}") from None
         self.renderer.field.refresh_half()
         self.renderer.capacity = int(tensors["capacity"])
 

@@ -93,8 +93,8 @@ def test_second_order_edge_sizes(device, dtype, activation, n, valid, rng):
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_second_order_only_one_gradient(device, activation, rng):
     widths = [9, 16, 12, 5]
-    inputs = x, params = make(rng, 300, widths, device=device)
-    inputs = [cotangent(x, widths), *inputs]
+    x, params = make(rng, 300, widths, device=device)
+    inputs = [cotangent(x, widths), x, params]
 
     def grads(*wanted):
         used = [t if k in wanted else t.detach() for k, t in enumerate(inputs)]
@@ -108,9 +108,7 @@ def test_second_order_only_one_gradient(device, activation, rng):
 
 def test_second_order_refusals(device, rng):
     x, params = make(rng, 5, [3, 4, 2], device=device)
-    (of_params,) = torch.autograd.grad(
-        mlp(x, params, [3, 4, 2]).sum(), params, create_graph=True
-    )
+    (of_params,) = torch.autograd.grad(mlp(x, params, [3, 4, 2]).sum(), params, create_graph=True)
     with pytest.raises(RuntimeError, match="gradient of params cannot be differentiated"):
         of_params.sum().backward()
 

@@ -209,7 +209,7 @@ def test_shampoo_wants_matrices(shape, kind):
 def test_a_missing_library_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     groups = [{"params": [torch.nn.Parameter(torch.zeros(4, 4))], "lr": 0.1}]
-    with pytest.raises(ImportError, match=r"pip install 'dreamfusion-fast\[optimizers\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'dreamfusion-fast\[optimizers\]'"):
         optimizers.build(OptimizerConfig(name="adan"), groups, {}, torch.ones(1))
 
 

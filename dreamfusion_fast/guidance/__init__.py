@@ -36,7 +36,8 @@ def load(
     model: str | None = None,
 ):
     """The guidance called `name`: "toybox" (the embedded prior), "exemplar" (the toybox's exact
-    score), "clip" (`model`, or the embedded scorer: Dream Fields), a name of HUB, or the folder or hub name of a diffusers text-to-image pipeline.
+    score), "clip" (Dream Fields by the CLIP `model`, or the embedded scorer), a name of HUB, or the
+    folder or hub name of a diffusers text-to-image pipeline.
 
     dtype: fp32, fp16, bf16, or auto: fp16 on CUDA, fp32 elsewhere. tiny_vae: the folder or hub name
     of an AutoencoderTiny that takes the place of a latent pipeline's VAE. The rest as in

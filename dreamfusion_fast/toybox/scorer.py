@@ -61,7 +61,7 @@ class Scorer:
         return F.normalize(self.model.visual_projection(pooled), dim=-1)
 
     def embed_texts(self, prompts: list[str]) -> Tensor:
-        """(P, D) unit vectors, remembered: an evaluation asks for the same prompts again and again."""
+        """(P, D) unit vectors, remembered: evaluations ask for the same prompts again and again."""
         if self._texts is None or self._texts[0] != prompts:
             chunks = [prompts[i : i + _CHUNK] for i in range(0, len(prompts), _CHUNK)]
             self._texts = prompts, torch.cat([self._embed_chunk(c) for c in chunks])
