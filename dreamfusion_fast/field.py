@@ -59,7 +59,8 @@ class Field(nn.Module):
     """Density and albedo of points inside the bounding sphere.
 
     The logarithm of density is the MLP's first output plus a blob (A.2) and a constant; albedo is
-    the sigmoid of the other three. Other numbers of channels are latents (Metzer et al. 2023), of which an affine map makes colours.
+    the sigmoid of the other three. Other numbers of channels are latents (Metzer et al. 2023), of
+    which an affine map makes colours.
     """
 
     def __init__(self, config: FieldConfig, generator: torch.Generator):
@@ -87,11 +88,10 @@ class Field(nn.Module):
         if config.channels != 3:
             self.register_buffer("to_rgb", torch.zeros(3, config.channels))
             self.register_buffer("rgb_bias", torch.zeros(3))
-        self.level_share = None
-        if config.coarse_levels < config.n_levels:
-            share = torch.ones(config.n_levels * config.features)
-            self.register_buffer("level_share", share)
-            self.set_progress(torch.zeros(1))
+        progressive = config.coarse_levels < config.n_levels
+        share = torch.ones(config.n_levels * config.features) if progressive else None
+        self.register_buffer("level_share", share)
+        self.set_progress(torch.zeros(1))
 
     def set_progress(self, share: Tensor) -> None:
         """How far the run is, (1,) from 0 to 1, on the field's device: levels come in one after
@@ -150,7 +150,7 @@ class Field(nn.Module):
     def _gradient(self, positions, x, features, count) -> Tensor:
         """Of the logarithm of density: backwards through MLP and grid, and the blob's own."""
         of_out = torch.zeros(len(x), self.widths[-1], device=x.device)
-        of_out[:, 0] = 1.0
+        of_out[:, 0].fill_(1.0)
         of_features = mlp_gradient(
             of_out, features, self.weights, self.widths, self.config.activation, count=count
         )

@@ -134,7 +134,7 @@ def test_weights_go_linearly_to_their_end():
     got = [losses.weight_at(schedule, share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
     assert got == pytest.approx([0.4, 0.3, 0.2, 0.2, 0.2])
     paper = LossConfig()
-    want = [1e-3, 1e-4 + 0.5 * (1e-2 - 1e-4), 0, 0, 0]
+    want = [1e-3, 1e-4 + 0.5 * (1e-2 - 1e-4), 0, 0, 0, 0, 0.88]
     assert losses.weights_at(paper, 1 / 6).tolist() == pytest.approx(want)
     assert losses.active(paper) == {"opacity", "orientation"}
     assert losses.active(LossConfig(opacity=(0, 0, 1), entropy=(0, 1, 1))) == {
@@ -162,3 +162,11 @@ def test_terms_meet_their_weights():
 def test_schedules_that_cannot_be_followed(name, schedule, message):
     with pytest.raises(ValueError, match=message):
         losses.check_schedules(LossConfig(**{name: schedule}))
+
+
+def test_transmittance_empties_down_to_its_target():
+    opacity = torch.stack((torch.full((8, 8), 0.3), torch.full((8, 8), 0.05))).requires_grad_()
+    loss = losses.transmittance(opacity, torch.tensor(0.88))
+    assert loss.item() == pytest.approx(-(0.7 + 0.88) / 2)
+    loss.backward()
+    assert (opacity.grad[0] > 0).all() and (opacity.grad[1] == 0).all()

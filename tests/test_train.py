@@ -145,7 +145,7 @@ def test_a_regularizer_falls_where_it_weighs(tmp_path, name):
         trainer.regularizers = {name}
         with torch.no_grad():
             rendering = trainer.renderer(camera.orbit([0.0, 90.0], 20.0, 1.25, 1.0), 0)
-            values.append(float(trainer._regularize(rendering)[name]))
+            values.append(float(trainer._regularize(rendering, torch.ones(7))[name]))
     assert values[1] < 0.7 * values[0], values
 
 
@@ -216,7 +216,7 @@ def test_config_round_trip_and_unknown_keys():
         ("guidance.scale", 7, 7.0),
         ("guidance.t_range", [0.1, 0.5], (0.1, 0.5)),
         ("guidance.size", 512, 512),
-        ("render.background", "grey", "grey"),
+        ("render.background", "solid", "solid"),
         ("guidance.low_memory", True, True),
         ("loss.opacity", 0.1, (0.1, 0.1, 1.0)),
         ("loss.entropy", [0, 0.5, 0.25], (0.0, 0.5, 0.25)),
