@@ -228,7 +228,7 @@ def test_modes_of_render_views():
     depth = export.render_views(renderer, cameras, 16, mode="depth")[0, :, 0, 0]
     want = 1 - (1.0 - (1.5 - RADIUS)) / (2 * RADIUS)  # at a distance of 1
     assert depth.tolist() == pytest.approx([want] * 3, abs=1e-6)
-    with pytest.raises(ValueError, match="`mode`: expected one of albedo, .*, got 'x-ray'"):
+    with pytest.raises(ValueError, match=r"`mode`: expected one of albedo, .*, got 'x-ray'"):
         export.render_views(renderer, cameras, mode="x-ray")
 
 
