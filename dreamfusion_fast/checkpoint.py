@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT, VERSION = "dreamfusion_fast", 1
+FORMAT, VERSION = "dreamfusion_fast", 2
 
 
 def write_atomically(path: Path, write) -> None:

@@ -249,3 +249,63 @@ def test_rates_warm_up_and_decay():
     shares = [rate_share(k, config) for k in range(1000)]
     assert shares[0] == pytest.approx(1 / config.optimizer.warmup, rel=0.01)
     assert max(shares) <= 1 and shares[-1] == pytest.approx(config.optimizer.final_share, abs=0.01)
+
+
+def test_light_begins_after_the_ambient_steps(tmp_path):
+    config = tiny(steps=20)
+    config.shading.ambient_until, config.shading.lit = 0.5, 1.0
+    trainer = Trainer(config, tmp_path, Orange())
+    lit = []
+    for trainer.step in range(20):
+        draw = trainer._draw(torch.Generator().manual_seed(trainer.step))
+        lit.append(draw.lit)
+    assert lit == [False] * 10 + [True] * 10
+
+
+@pytest.mark.parametrize("normals", ["analytic", "finite"])
+def test_light_shapes_the_scene(tmp_path, normals):
+    """Lit views of a grey field towards orange: the loss reaches the density by its normals."""
+    config = tiny(steps=6)
+    config.shading.ambient_until, config.shading.lit = 0.0, 1.0
+    config.shading.textureless = 1.0
+    config.render.normals = normals
+    trainer, metrics = finish(config, tmp_path / "run")
+    draw = trainer._draw(torch.Generator().manual_seed(0))
+    rendering = trainer.renderer(
+        draw.cameras, draw.seeds[:1], draw.background, shading=draw.shading
+    )
+    assert rendering.normal.norm(dim=1).max() > 0.3 and (rendering.orientation >= 0).all()
+    trainer.optimizer.zero_grad()
+    rendering.normal.square().sum().backward()
+    assert trainer.renderer.field.table.grad.abs().max() > 0
+    assert all(m["updates_skipped"] == 0 for m in metrics)
+
+
+def test_the_paper_s_field_trains_and_resumes(tmp_path):
+    def config():
+        c = tiny(steps=6)
+        c.field = FieldConfig(name="paper", width=16, blocks=2, n_frequencies=4)
+        return c
+
+    whole, metrics = finish(config(), tmp_path / "whole")
+    assert metrics[-1]["updates_skipped"] == 0 and load_renderer(tmp_path / "whole") is not None
+    part = Trainer(config(), tmp_path / "part", Orange())
+    for row in part.run():
+        part.stopping = row["step"] == 2
+    again, _ = finish(config(), tmp_path / "part", resume=True)
+    for a, b in zip(whole.renderer.parameters(), again.renderer.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_run_starts_from_another_s_scene(tmp_path):
+    first, _ = finish(tiny(), tmp_path / "first")
+    second = Trainer(tiny(init=str(tmp_path / "first"), prompt="lemon"), tmp_path / "b", Orange())
+    for a, b in zip(first.renderer.parameters(), second.renderer.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(first.renderer.occupancy, second.renderer.occupancy) and second.step == 0
+    other = tiny(init=str(tmp_path / "first"))
+    other.field.hidden = 16
+    with pytest.raises(ValueError, match="`init`: expected the field's settings of the run in"):
+        Trainer(other, tmp_path / "c", Orange())
+    with pytest.raises(ValueError, match="nowhere"):
+        Trainer(tiny(init=str(tmp_path / "nowhere")), tmp_path / "d", Orange())
