@@ -8,7 +8,9 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 CMAKE := $(BIN)/cmake
 CMAKE_OPTIONS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
   -DPython_EXECUTABLE=$(abspath $(BIN))/python
-EMULATED_TESTS := tests/test_emulation.py tests/test_field.py $(patsubst csrc/%.cu,tests/test_%.py,$(wildcard csrc/*.cu))
+STEMS := $(patsubst csrc/%.cu,%,$(wildcard csrc/*.cu))
+EMULATED_TESTS := tests/test_emulation.py tests/test_field.py tests/test_field_paper.py \
+  $(foreach stem,$(STEMS),$(wildcard tests/test_$(stem).py tests/test_$(stem)_*.py))
 
 .PHONY: demo test check kernels emulated mutation triton resources gpu-check clean
 

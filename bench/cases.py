@@ -130,6 +130,27 @@ def composite(s: Scene, device, half: bool) -> Case:
                 (sigma, rgb), "composite_forward", "composite_backward")  # fmt: skip
 
 
+def composite_lit(s: Scene, device, half: bool) -> Case:
+    """A light beside each camera; half of the views textureless."""
+    n, views = s.capacity, s.size.views
+    sigma = (20 * torch.rand(n, device=device)).requires_grad_()
+    albedo = torch.rand(n, 3, device=device).requires_grad_()
+    gradient = (20 * torch.randn(n, 3, device=device)).requires_grad_()
+    textures = torch.arange(views, device=device)[:, None] % 2
+    constants = torch.tensor([[0.1, 0.9]], device=device).expand(views, 2)
+    light = s.c2w[:, :, 3] + 0.3 * torch.randn(views, 3, device=device)
+    shading = torch.cat((light, constants, textures, 1 - textures), 1)
+    rest = s.samples.t, s.samples.dt, s.samples.packed, *s.rays[:2], shading, EARLY_STOP
+    return Case(lambda *x: _but_weights(ops.composite_lit(*x, *rest)),
+                lambda *x: _but_weights(reference.composite_lit(*x, *rest)),
+                (sigma, albedo, gradient), "composite_lit_forward",
+                "composite_lit_backward")  # fmt: skip
+
+
+def _but_weights(results: tuple) -> tuple:
+    return *results[:3], *results[4:]
+
+
 def frequency_encode(s: Scene, device, half: bool) -> Case:
     x = s.rays[1].clone().requires_grad_()
     return Case(lambda x: ops.frequency_encode(x, s.size.frequencies),
@@ -205,8 +226,9 @@ def spherical_harmonics(s: Scene, device, half: bool) -> Case:
 
 CASES = {
     f.__name__: f
-    for f in (adam_step, composite, frequency_encode, generate_rays, hash_encode, march, mlp,
-              occupancy_points, occupancy_update, ray_sphere_intersect, spherical_harmonics)
+    for f in (adam_step, composite, composite_lit, frequency_encode, generate_rays, hash_encode,
+              march, mlp, occupancy_points, occupancy_update, ray_sphere_intersect,
+              spherical_harmonics)
 }  # fmt: skip
 HALF = ("adam_step", "hash_encode", "mlp")
 

@@ -24,6 +24,11 @@ def stems(root: Path) -> list[str]:
     return sorted(p.stem for p in (root / "csrc").glob("*.cu"))
 
 
+def tests(root: Path, stem: str) -> list[Path]:
+    """test_<stem>.py, and test_<stem>_<part>.py where there is one."""
+    return [root / f"tests/test_{stem}.py", *sorted((root / "tests").glob(f"test_{stem}_*.py"))]
+
+
 def placeholders(root: Path) -> list[str]:
     """Stems whose kernels are not written yet."""
     return [s for s in stems(root) if '"not written"' in (root / f"csrc/{s}.cu").read_text()]

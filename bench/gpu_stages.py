@@ -160,10 +160,10 @@ def tests_half(check, limit: float) -> dict:
 
 
 def tests(check, limit: float) -> dict:
-    """The file of each stem in a process of its own: one bad access does not spoil the others."""
+    """Each stem's files in a process of their own: one bad access does not spoil the others."""
     names = REHEARSED_TESTS if check.rehearsal else gpu_build.stems(check.root)
     select = "cpu and twin and float32" if check.rehearsal else "cuda"
-    commands = {n: pytest_command([f"tests/test_{n}.py"], select) for n in names}
+    commands = {n: pytest_command(gpu_build.tests(check.root, n), select) for n in names}
     commands["sds"] = pytest_command(["tests/test_sds.py"], "triton")
     return _run_tests(check, commands, limit, min(TEST_JOBS, check.jobs))
 

@@ -92,6 +92,22 @@ def composite_backward(s: Size, card: Card, half: bool) -> Work:
     return Work(dram, operations=s.rows * (SPECIAL + 11 + 3 * c))
 
 
+def composite_lit_forward(s: Size, card: Card, half: bool) -> Work:
+    """As composite, and beside it: gradient in; origin, direction in, normal, orientation out; a
+    view's light in. Normal and direction to the light: a reciprocal square root each."""
+    plain = composite_forward(dataclasses.replace(s, channels=3), card, half)
+    dram = s.rows * 12 + s.rays * (24 + 16) + s.views * 28
+    return Work(plain.dram + dram, operations=plain.operations + s.rows * (2 * SPECIAL + 60))
+
+
+def composite_lit_backward(s: Size, card: Card, half: bool) -> Work:
+    """As composite, and beside it: gradient in, its gradient out; origin, direction, gradients of
+    normal and orientation in; a view's light in."""
+    plain = composite_backward(dataclasses.replace(s, channels=3), card, half)
+    dram = s.rows * 24 + s.rays * (24 + 16) + s.views * 28
+    return Work(plain.dram + dram, operations=plain.operations + s.rows * (2 * SPECIAL + 86))
+
+
 # ---- frequency_encode ---------------------------------------------------------------------------
 def frequency_encode_forward(s: Size, card: Card, half: bool) -> Work:
     """One direction a ray, of the environment map: 3 in, sine and cosine of 3 L angles out."""
@@ -229,7 +245,7 @@ STEP = (generate_rays, ray_sphere_intersect, march, hash_encode_forward, mlp_for
         adam_step)  # fmt: skip
 OTHERS = (occupancy_points, occupancy_update, spherical_harmonics_forward,
           spherical_harmonics_backward, frequency_encode_forward,
-          frequency_encode_backward)  # fmt: skip
+          frequency_encode_backward, composite_lit_forward, composite_lit_backward)  # fmt: skip
 HALF = (hash_encode_forward, mlp_forward, mlp_backward, hash_encode_backward, adam_step)
 KERNELS = {f.__name__: f for f in STEP + OTHERS}
 

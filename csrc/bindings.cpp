@@ -123,7 +123,7 @@ static void bind_composite(py::module_& m) {
            int64_t n_samples, int channels, double early_stop, Address stream) {
           LAUNCH(composite_forward, CompositeArgs, sigma, rgb, t, dt, packed, {}, {}, {},
                  {}, colour, opacity, depth, weights, {}, {}, {}, {}, n_rays, n_samples, channels,
-                 early_stop);
+                 early_stop, {});
         },
         GilReleased(), py::arg("scalar"), py::arg("sigma"), py::arg("rgb"), py::arg("t"),
         py::arg("dt"), py::arg("packed"), py::arg("colour"), py::arg("opacity"), py::arg("depth"),
@@ -136,13 +136,51 @@ static void bind_composite(py::module_& m) {
            int64_t n_rays, int64_t n_samples, int channels, double early_stop, Address stream) {
           LAUNCH(composite_backward, CompositeArgs, sigma, rgb, t, dt, packed, grad_colour,
                  grad_opacity, grad_depth, grad_weights, {}, {}, {}, weights, grad_sigma, grad_rgb,
-                 grad_t, grad_dt, n_rays, n_samples, channels, early_stop);
+                 grad_t, grad_dt, n_rays, n_samples, channels, early_stop, {});
         },
         GilReleased(), py::arg("scalar"), py::arg("sigma"), py::arg("rgb"), py::arg("t"),
         py::arg("dt"), py::arg("packed"), py::arg("grad_colour"), py::arg("grad_opacity"),
         py::arg("grad_depth"), py::arg("grad_weights"), py::arg("weights"), py::arg("grad_sigma"),
         py::arg("grad_rgb"), py::arg("grad_t"), py::arg("grad_dt"), py::arg("n_rays"),
         py::arg("n_samples"), py::arg("channels"), py::arg("early_stop"), py::arg("stream"));
+  m.def("composite_lit_forward",
+        [](int scalar, Address sigma, Address albedo, Address gradient, Address t, Address dt,
+           Address packed, Address rays_o, Address rays_d, Address shading, Address colour,
+           Address opacity, Address depth, Address weights, Address normal, Address orientation,
+           int64_t n_rays, int64_t n_samples, int64_t rays_per_view, double early_stop,
+           Address stream) {
+          LAUNCH(composite_lit_forward, CompositeArgs, sigma, albedo, t, dt, packed, {}, {}, {}, {},
+                 colour, opacity, depth, weights, {}, {}, {}, {}, n_rays, n_samples, 3, early_stop,
+                 {gradient, rays_o, rays_d, shading, {}, {}, normal, orientation, {},
+                  rays_per_view});
+        },
+        GilReleased(), py::arg("scalar"), py::arg("sigma"), py::arg("albedo"),
+        py::arg("gradient"), py::arg("t"), py::arg("dt"), py::arg("packed"), py::arg("rays_o"),
+        py::arg("rays_d"), py::arg("shading"), py::arg("colour"), py::arg("opacity"),
+        py::arg("depth"), py::arg("weights"), py::arg("normal"), py::arg("orientation"),
+        py::arg("n_rays"), py::arg("n_samples"), py::arg("rays_per_view"), py::arg("early_stop"),
+        py::arg("stream"));
+  m.def("composite_lit_backward",
+        [](int scalar, Address sigma, Address albedo, Address gradient, Address t, Address dt,
+           Address packed, Address rays_o, Address rays_d, Address shading, Address grad_colour,
+           Address grad_opacity, Address grad_depth, Address grad_weights, Address grad_normal,
+           Address grad_orientation, Address weights, Address grad_sigma, Address grad_albedo,
+           Address grad_gradient, Address grad_t, Address grad_dt, int64_t n_rays,
+           int64_t n_samples, int64_t rays_per_view, double early_stop, Address stream) {
+          LAUNCH(composite_lit_backward, CompositeArgs, sigma, albedo, t, dt, packed, grad_colour,
+                 grad_opacity, grad_depth, grad_weights, {}, {}, {}, weights, grad_sigma,
+                 grad_albedo, grad_t, grad_dt, n_rays, n_samples, 3, early_stop,
+                 {gradient, rays_o, rays_d, shading, grad_normal, grad_orientation, {}, {},
+                  grad_gradient, rays_per_view});
+        },
+        GilReleased(), py::arg("scalar"), py::arg("sigma"), py::arg("albedo"),
+        py::arg("gradient"), py::arg("t"), py::arg("dt"), py::arg("packed"), py::arg("rays_o"),
+        py::arg("rays_d"), py::arg("shading"), py::arg("grad_colour"), py::arg("grad_opacity"),
+        py::arg("grad_depth"), py::arg("grad_weights"), py::arg("grad_normal"),
+        py::arg("grad_orientation"), py::arg("weights"), py::arg("grad_sigma"),
+        py::arg("grad_albedo"), py::arg("grad_gradient"), py::arg("grad_t"), py::arg("grad_dt"),
+        py::arg("n_rays"), py::arg("n_samples"), py::arg("rays_per_view"), py::arg("early_stop"),
+        py::arg("stream"));
 }
 
 // ---- frequency_encode ---------------------------------------------------------------------------
@@ -150,8 +188,8 @@ static void bind_frequency_encode(py::module_& m) {
   m.def("frequency_encode_forward",
         [](int scalar, Address x, Address variance, Address out, Address count, int64_t n,
            int dims, int n_frequencies, Address stream) {
-          LAUNCH(frequency_encode_forward, FrequencyEncodeArgs, x, variance, {}, out, {}, {}, count,
-                 n, dims, n_frequencies);
+          LAUNCH(frequency_encode_forward, FrequencyEncodeArgs, x, variance, {}, {}, {}, out, {}, {},
+                 {}, count, n, dims, n_frequencies);
         },
         GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("variance"), py::arg("out"),
         py::arg("count"), py::arg("n"), py::arg("dims"), py::arg("n_frequencies"),
@@ -160,12 +198,23 @@ static void bind_frequency_encode(py::module_& m) {
         [](int scalar, Address x, Address variance, Address grad_out, Address grad_x,
            Address grad_variance, Address count, int64_t n, int dims, int n_frequencies,
            Address stream) {
-          LAUNCH(frequency_encode_backward, FrequencyEncodeArgs, x, variance, grad_out, {}, grad_x,
-                 grad_variance, count, n, dims, n_frequencies);
+          LAUNCH(frequency_encode_backward, FrequencyEncodeArgs, x, variance, grad_out, {}, {}, {}, {},
+                 grad_x, grad_variance, count, n, dims, n_frequencies);
         },
         GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("variance"),
         py::arg("grad_out"), py::arg("grad_x"), py::arg("grad_variance"), py::arg("count"),
         py::arg("n"), py::arg("dims"), py::arg("n_frequencies"), py::arg("stream"));
+  m.def("frequency_encode_second",
+        [](int scalar, Address x, Address variance, Address grad_out, Address u, Address q,
+           Address grad_grad_out, Address grad_x, Address grad_variance, Address count, int64_t n,
+           int dims, int n_frequencies, Address stream) {
+          LAUNCH(frequency_encode_second, FrequencyEncodeArgs, x, variance, grad_out, u, q, {},
+                 grad_grad_out, grad_x, grad_variance, count, n, dims, n_frequencies);
+        },
+        GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("variance"),
+        py::arg("grad_out"), py::arg("u"), py::arg("q"), py::arg("grad_grad_out"),
+        py::arg("grad_x"), py::arg("grad_variance"), py::arg("count"), py::arg("n"),
+        py::arg("dims"), py::arg("n_frequencies"), py::arg("stream"));
 }
 
 // ---- hash_encode --------------------------------------------------------------------------------
@@ -184,8 +233,8 @@ static void bind_hash_encode(py::module_& m) {
         [](int scalar, Address x, Address table, Address out, Address count, int64_t n,
            int n_levels, int n_features, bool smoothstep, const std::vector<int32_t>& resolutions,
            const std::vector<int64_t>& offsets, Address stream) {
-          LAUNCH_OR_HALF(hash_encode_forward, HashEncodeArgs, x, table, {}, out, {}, {}, count, n,
-                         n_levels, n_features, smoothstep, hash_levels(resolutions, offsets));
+          LAUNCH_OR_HALF(hash_encode_forward, HashEncodeArgs, x, table, {}, {}, out, {}, {}, count,
+                         n, n_levels, n_features, smoothstep, hash_levels(resolutions, offsets));
         },
         GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("table"), py::arg("out"),
         py::arg("count"), py::arg("n"), py::arg("n_levels"), py::arg("n_features"),
@@ -195,7 +244,7 @@ static void bind_hash_encode(py::module_& m) {
            Address grad_table, Address count, int64_t n, int n_levels, int n_features,
            bool smoothstep, const std::vector<int32_t>& resolutions,
            const std::vector<int64_t>& offsets, Address stream) {
-          LAUNCH_OR_HALF(hash_encode_backward, HashEncodeArgs, x, table, grad_out, {}, grad_x,
+          LAUNCH_OR_HALF(hash_encode_backward, HashEncodeArgs, x, table, grad_out, {}, {}, grad_x,
                          grad_table, count, n, n_levels, n_features, smoothstep,
                          hash_levels(resolutions, offsets));
         },
@@ -203,6 +252,19 @@ static void bind_hash_encode(py::module_& m) {
         py::arg("grad_x"), py::arg("grad_table"), py::arg("count"), py::arg("n"),
         py::arg("n_levels"), py::arg("n_features"), py::arg("smoothstep"),
         py::arg("resolutions"), py::arg("offsets"), py::arg("stream"));
+  m.def("hash_encode_second",
+        [](int scalar, Address x, Address table, Address grad_out, Address tangent, Address out,
+           Address grad_x, Address grad_table, Address count, int64_t n, int n_levels,
+           int n_features, bool smoothstep, const std::vector<int32_t>& resolutions,
+           const std::vector<int64_t>& offsets, Address stream) {
+          LAUNCH_OR_HALF(hash_encode_second, HashEncodeArgs, x, table, grad_out, tangent, out,
+                         grad_x, grad_table, count, n, n_levels, n_features, smoothstep,
+                         hash_levels(resolutions, offsets));
+        },
+        GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("table"), py::arg("grad_out"),
+        py::arg("tangent"), py::arg("out"), py::arg("grad_x"), py::arg("grad_table"),
+        py::arg("count"), py::arg("n"), py::arg("n_levels"), py::arg("n_features"),
+        py::arg("smoothstep"), py::arg("resolutions"), py::arg("offsets"), py::arg("stream"));
 }
 
 // ---- march --------------------------------------------------------------------------------------
@@ -236,17 +298,18 @@ static df::MlpShape mlp_shape(const std::vector<int>& widths, bool bias, bool si
 
 static void bind_mlp(py::module_& m) {
   m.def("mlp_workspace",
-        [](int scalar, int64_t n, const std::vector<int>& widths, bool bias, bool silu,
-           bool params) {
+        [](int scalar, int64_t n, const std::vector<int>& widths, bool bias, bool silu, bool params,
+           bool second) {
           int64_t size = 0;
           on_scalar_or_half(scalar, [&](auto type) {
             size = df::mlp_workspace<typename decltype(type)::type>(mlp_shape(widths, bias, silu),
-                                                                    n, params);
+                                                                    n, params, second);
           });
           return size;
         },
         py::arg("scalar"), py::arg("n"), py::arg("widths"), py::arg("bias"), py::arg("silu"),
-        py::arg("params"), "Numbers in mlp_backward's workspace.");
+        py::arg("params"), py::arg("second"),
+        "Numbers in the workspace of mlp_backward, or of mlp_second.");
 #ifdef DF_IS_CUDA
   m.def("mlp_half_fits",
         [](const std::vector<int>& widths, bool bias, bool silu) {
@@ -258,7 +321,7 @@ static void bind_mlp(py::module_& m) {
   m.def("mlp_forward",
         [](int scalar, Address x, Address params, Address out, Address count, int64_t n,
            const std::vector<int>& widths, bool bias, bool silu, Address stream) {
-          LAUNCH_OR_HALF(mlp_forward, MlpArgs, x, params, {}, out, {}, {}, {}, count, n,
+          LAUNCH_OR_HALF(mlp_forward, MlpArgs, x, params, {}, {}, out, {}, {}, {}, count, n,
                          mlp_shape(widths, bias, silu));
         },
         GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("params"), py::arg("out"),
@@ -268,12 +331,23 @@ static void bind_mlp(py::module_& m) {
         [](int scalar, Address x, Address params, Address grad_out, Address grad_x,
            Address grad_params, Address workspace, Address count, int64_t n,
            const std::vector<int>& widths, bool bias, bool silu, Address stream) {
-          LAUNCH_OR_HALF(mlp_backward, MlpArgs, x, params, grad_out, {}, grad_x, grad_params,
+          LAUNCH_OR_HALF(mlp_backward, MlpArgs, x, params, grad_out, {}, {}, grad_x, grad_params,
                          workspace, count, n, mlp_shape(widths, bias, silu));
         },
         GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("params"), py::arg("grad_out"),
         py::arg("grad_x"), py::arg("grad_params"), py::arg("workspace"), py::arg("count"),
         py::arg("n"), py::arg("widths"), py::arg("bias"), py::arg("silu"), py::arg("stream"));
+  m.def("mlp_second",
+        [](int scalar, Address x, Address params, Address grad_out, Address tangent, Address out,
+           Address grad_x, Address grad_params, Address workspace, Address count, int64_t n,
+           const std::vector<int>& widths, bool bias, bool silu, Address stream) {
+          LAUNCH(mlp_second, MlpArgs, x, params, grad_out, tangent, out, grad_x, grad_params,
+                 workspace, count, n, mlp_shape(widths, bias, silu));
+        },
+        GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("params"), py::arg("grad_out"),
+        py::arg("tangent"), py::arg("out"), py::arg("grad_x"), py::arg("grad_params"),
+        py::arg("workspace"), py::arg("count"), py::arg("n"), py::arg("widths"), py::arg("bias"),
+        py::arg("silu"), py::arg("stream"));
 }
 
 // ---- occupancy ----------------------------------------------------------------------------------

@@ -61,8 +61,8 @@ inline int num_threads = 0;
 
 inline namespace DF_ISA {
 
-template <class T> DF_HD T min(T a, T b) { return b < a ? b : a; }
-template <class T> DF_HD T max(T a, T b) { return a < b ? b : a; }
+template <class T> DF_HD constexpr T min(T a, T b) { return b < a ? b : a; }
+template <class T> DF_HD constexpr T max(T a, T b) { return a < b ? b : a; }
 // NaN stays NaN: both comparisons are false and x comes back.
 template <class T> DF_HD T clamp(T x, T low, T high) { return x < low ? low : high < x ? high : x; }
 

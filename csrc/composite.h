@@ -7,11 +7,29 @@
 //   d loss / d s_i = T_(i+1) q_i - sum_(j>i) w_j q_j.
 // One pass forward leaves T_(i+1) in grad_sigma, one pass back sums behind: samples hidden behind
 // others get gradients that are small but right, which 1 - sum w and total - prefix would not give.
+//
+// Lit compositing shades on the way: rgb is the albedo and 3 channels, what is summed is the colour
+// that shade.h makes of it, and normals and the orientation penalty are summed beside it.
 #pragma once
 
 #include "common.h"
+#include "shade.h"
 
 namespace df {
+
+// What lit compositing needs beside CompositeArgs; of no meaning to the plain one.
+template <class T> struct LitArgs {
+  const T* gradient;          // (n_samples, 3) of the log density, per scene unit
+  const T* rays_o;            // (n_rays, 3)
+  const T* rays_d;            // (n_rays, 3) unit vectors
+  const T* shading;           // (n_views, 7) light, ambient, diffuse, texture, base
+  const T* grad_normal;       // (n_rays, 3) or null; backward only, as the next
+  const T* grad_orientation;  // (n_rays,) or null
+  T* normal;                  // (n_rays, 3)
+  T* orientation;             // (n_rays,)
+  T* grad_gradient;           // (n_samples, 3) gradients; backward only
+  int64_t rays_per_view;      // rays of a view follow each other
+};
 
 template <class T> struct CompositeArgs {
   const T* sigma;          // (n_samples,) density, per unit of dt
@@ -34,6 +52,7 @@ template <class T> struct CompositeArgs {
   int64_t n_rays, n_samples;
   int channels;            // 1..8
   double early_stop;       // samples with T below it are left out
+  LitArgs<T> lit;
 };
 
 inline namespace DF_ISA {
@@ -51,8 +70,24 @@ template <class T> DF_HD void absorb(T s, T& alpha, T& keep) {
   keep = std::exp(-s);
 }
 
+template <class T> DF_HD LitRay<T> lit_ray(const LitArgs<T>& a, int64_t ray) {
+  return lit_ray(a.rays_o + 3 * ray, a.rays_d + 3 * ray,
+                 a.shading + SHADING * (ray / a.rays_per_view));
+}
+// grad_colour as CompositeArgs has it.
+template <class T>
+DF_HD LitRayGrad<T> lit_ray_grad(const LitArgs<T>& a, const T* grad_colour, int64_t ray) {
+  LitRayGrad<T> grad = {};
+  if (grad_colour) grad.colour = load3(grad_colour + 3 * ray);
+  if (a.grad_normal) grad.normal = load3(a.grad_normal + 3 * ray);
+  if (a.grad_orientation) grad.orientation = a.grad_orientation[ray];
+  return grad;
+}
+
 }  // inline namespace DF_ISA
 }  // namespace df
 
 DF_DECLARE(composite_forward, CompositeArgs)
 DF_DECLARE(composite_backward, CompositeArgs)
+DF_DECLARE(composite_lit_forward, CompositeArgs)
+DF_DECLARE(composite_lit_backward, CompositeArgs)

@@ -111,8 +111,44 @@ template <class T> void frequency_encode_backward(const FrequencyEncodeArgs<T>& 
   });
 }
 
+template <class T> void frequency_encode_second(const FrequencyEncodeArgs<T>& a, Stream) {
+  const int64_t valid = valid_rows(a.count, a.n), half = int64_t(a.n_frequencies) * a.dims;
+  parallel_for(a.n, GRAIN, [&](int64_t begin, int64_t end) {
+    const int64_t stop = clamp(valid, begin, end);
+    if (a.grad_grad_out) fill_zero(a.grad_grad_out, 2 * half * stop, 2 * half * end);
+    if (a.grad_x) fill_zero(a.grad_x, begin * a.dims, end * a.dims);
+    if (a.grad_variance) fill_zero(a.grad_variance, begin, end);
+    for (int64_t row = begin; row < stop; ++row)
+      for_blocks(a, row, [&](const Block<T>& k, int first, int size) {
+        const T* gs = a.grad_out + 2 * half * row + first;
+        const T* gc = gs + half;
+        const T q = a.q ? a.q[row] : T(0);
+        T u[BLOCK], ds[BLOCK], dc[BLOCK], dx[BLOCK], dv[BLOCK];
+        for (int i = 0, d = first % a.dims; i < size; ++i, d = d + 1 < a.dims ? d + 1 : 0)
+          u[i] = a.u ? a.u[row * a.dims + d] : T(0);
+        for (int i = 0; i < size; ++i) {
+          const FrequencySecond<T> z =
+              frequency_second(k.scale[i], k.w[i], k.s[i], k.c[i], gs[i], gc[i], u[i], q);
+          ds[i] = z.gs, dc[i] = z.gc, dx[i] = z.x, dv[i] = z.variance;
+        }
+        if (T* out = a.grad_grad_out) {
+          out += 2 * half * row + first;
+          std::memcpy(out, ds, size * sizeof(T));
+          std::memcpy(out + half, dc, size * sizeof(T));
+        }
+        if (a.grad_x)
+          for (int i = 0, d = first % a.dims; i < size; ++i, d = d + 1 < a.dims ? d + 1 : 0)
+            a.grad_x[row * a.dims + d] += dx[i];
+        T sum = 0;
+        for (int i = 0; i < size; ++i) sum += dv[i];
+        if (a.grad_variance) a.grad_variance[row] += sum;
+      });
+  });
+}
+
 DF_INSTANTIATE(frequency_encode_forward, FrequencyEncodeArgs)
 DF_INSTANTIATE(frequency_encode_backward, FrequencyEncodeArgs)
+DF_INSTANTIATE(frequency_encode_second, FrequencyEncodeArgs)
 
 }  // namespace DF_ISA
 }  // namespace df

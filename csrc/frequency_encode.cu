@@ -1,9 +1,9 @@
 // Frequency encoding on the GPU.
 //
 // Forward: a thread a pair of columns, the sine and the cosine of one angle, which share the
-// reduction of the angle; neighbours write neighbouring columns. Backward: a thread a coordinate,
-// which adds up its frequencies. A block holds whole rows, so the gradient of a row's variance is
-// summed in shared memory: no atomics, and always in the same order.
+// reduction of the angle; neighbours write neighbouring columns. Backward, and its own backward: a
+// thread a coordinate, which adds up its frequencies. A block holds whole rows, so the gradient of a
+// row's variance is summed in shared memory: no atomics, and always in the same order.
 #include "frequency_encode.h"
 
 #include <cstring>
@@ -118,26 +118,83 @@ __device__ inline T coordinate_backward(const FrequencyEncodeArgs<T>& a, int64_t
   return grad;
 }
 
-// `width` threads a row, THREADS / width rows a block.
+// The same, one order higher; a row that is not valid gets zeros.
+template <class T>
+__device__ inline T coordinate_second(const FrequencyEncodeArgs<T>& a, int64_t row, int d,
+                                      bool valid, T& grad_variance) {
+  const int64_t half = int64_t(a.n_frequencies) * a.dims;
+  int64_t column = 2 * half * row + d;
+  const T x = a.x[row * a.dims + d], variance = a.variance ? a.variance[row] : T(0);
+  const T u = a.u ? a.u[row * a.dims + d] : T(0), q = a.q ? a.q[row] : T(0);
+  T grad = 0;
+  for (int l = 0; l < a.n_frequencies; ++l, column += a.dims) {
+    FrequencySecond<T> z{};
+    if (valid) {
+      const T scale = frequency_scale<T>(l);
+      const T w = a.variance ? frequency_damping(variance, scale) : T(1);
+      T s, c;
+      sine_cosine(scale * x, s, c);
+      z = frequency_second(scale, w, s, c, a.grad_out[column], a.grad_out[column + half], u, q);
+    }
+    if (a.grad_grad_out) {
+      a.grad_grad_out[column] = z.gs;
+      a.grad_grad_out[column + half] = z.gc;
+    }
+    grad += z.x;
+    grad_variance += z.variance;
+  }
+  return grad;
+}
+
+// Of a block's threads, `width` hold a row, THREADS / width rows a block.
+struct Place {
+  int64_t row;
+  int first;    // coordinate; others follow every `width`
+  bool inside;  // holds a row at all
+};
+__device__ inline Place place_of(int width, int64_t n) {
+  const int rows = THREADS / width, of_block = int(threadIdx.x) / width;
+  const int64_t row = int64_t(blockIdx.x) * rows + of_block;
+  return {row, int(threadIdx.x) - of_block * width, of_block < rows && row < n};
+}
+
+// Adds up what the threads of a row hold, in `partial`, and writes it. All threads or none call it.
+template <class T>
+__device__ inline void write_row_sum(T* partial, T grad_variance, Place at, int width, T* out) {
+  partial[threadIdx.x] = grad_variance;
+  __syncthreads();
+  if (!at.inside || at.first != 0) return;
+  for (int i = 1; i < width; ++i) grad_variance += partial[threadIdx.x + i];
+  out[at.row] = grad_variance;
+}
+
 template <class T>
 __global__ void __launch_bounds__(THREADS)
     frequency_backward_kernel(FrequencyEncodeArgs<T> a, int width) {
   DF_SHARED(T, partial, THREADS);
-  const int rows = THREADS / width, of_block = int(threadIdx.x) / width;
-  const int first = int(threadIdx.x) - of_block * width;
-  const int64_t row = int64_t(blockIdx.x) * rows + of_block;
-  const bool inside = of_block < rows && row < a.n, valid = row < valid_rows(a.count, a.n);
+  const Place at = place_of(width, a.n);
+  const bool valid = at.row < valid_rows(a.count, a.n);
   T grad_variance = 0;
-  if (inside)
-    for (int d = first; d < a.dims; d += width)
-      a.grad_x[row * a.dims + d] =
-          valid ? coordinate_backward(a, row, d, grad_variance) : T(0);
-  if (!a.grad_variance) return;  // all threads or none
-  partial[threadIdx.x] = grad_variance;
-  __syncthreads();
-  if (!inside || first != 0) return;
-  for (int i = 1; i < width; ++i) grad_variance += partial[threadIdx.x + i];
-  a.grad_variance[row] = grad_variance;
+  if (at.inside)
+    for (int d = at.first; d < a.dims; d += width)
+      a.grad_x[at.row * a.dims + d] =
+          valid ? coordinate_backward(a, at.row, d, grad_variance) : T(0);
+  if (a.grad_variance) write_row_sum(partial, grad_variance, at, width, a.grad_variance);
+}
+
+template <class T>
+__global__ void __launch_bounds__(THREADS)
+    frequency_second_kernel(FrequencyEncodeArgs<T> a, int width) {
+  DF_SHARED(T, partial, THREADS);
+  const Place at = place_of(width, a.n);
+  const bool valid = at.row < valid_rows(a.count, a.n);
+  T grad_variance = 0;
+  if (at.inside)
+    for (int d = at.first; d < a.dims; d += width) {
+      const T grad = coordinate_second(a, at.row, d, valid, grad_variance);
+      if (a.grad_x) a.grad_x[at.row * a.dims + d] = grad;
+    }
+  if (a.grad_variance) write_row_sum(partial, grad_variance, at, width, a.grad_variance);
 }
 
 }  // namespace
@@ -147,14 +204,24 @@ template <class T> void frequency_encode_forward(const FrequencyEncodeArgs<T>& a
          blocks_for(a.n * a.n_frequencies * a.dims, THREADS), THREADS, 0, stream, a);
 }
 
+// No coordinates: the variance's gradient is zero.
+inline int threads_a_row(int dims) { return clamp(dims, 1, THREADS); }
+
 template <class T> void frequency_encode_backward(const FrequencyEncodeArgs<T>& a, Stream stream) {
-  const int width = clamp(a.dims, 1, THREADS);  // no coordinates: the variance's gradient is zero
+  const int width = threads_a_row(a.dims);
   launch("frequency_backward_kernel", frequency_backward_kernel<T>,
          blocks_for(a.n, THREADS / width), THREADS, 0, stream, a, width);
 }
 
+template <class T> void frequency_encode_second(const FrequencyEncodeArgs<T>& a, Stream stream) {
+  const int width = threads_a_row(a.dims);
+  launch("frequency_second_kernel", frequency_second_kernel<T>, blocks_for(a.n, THREADS / width),
+         THREADS, 0, stream, a, width);
+}
+
 DF_INSTANTIATE(frequency_encode_forward, FrequencyEncodeArgs)
 DF_INSTANTIATE(frequency_encode_backward, FrequencyEncodeArgs)
+DF_INSTANTIATE(frequency_encode_second, FrequencyEncodeArgs)
 
 }  // namespace DF_ISA
 }  // namespace df

@@ -11,10 +11,13 @@ namespace df {
 template <class T> struct FrequencyEncodeArgs {
   const T* x;               // (n, dims) coordinates, radians at l = 0
   const T* variance;        // (n,) variance of each coordinate, or null: 0
-  const T* grad_out;        // (n, 2 * n_frequencies * dims) gradient of out; backward only
+  const T* grad_out;        // (n, 2 * n_frequencies * dims) gradient of out; backward and second
+  const T* u;               // (n, dims) gradient of backward's grad_x, or null: 0; second only
+  const T* q;               // (n,) gradient of backward's grad_variance, or null: 0; second only
   T* out;                   // (n, 2 * n_frequencies * dims)
-  T* grad_x;                // (n, dims); backward only
-  T* grad_variance;         // (n,), or null without variance; backward only
+  T* grad_grad_out;         // (n, 2 * n_frequencies * dims), or null if unwanted; second only
+  T* grad_x;                // (n, dims); backward, and second: null if unwanted
+  T* grad_variance;         // (n,), or null if unwanted or without variance; backward and second
   const int32_t* count;     // (1,) number of valid rows, or null: all
   int64_t n;                // rows
   int dims, n_frequencies;  // D >= 1, 1 <= L <= 24
@@ -32,6 +35,15 @@ template <class T> DF_HD T frequency_grad_x(T scale, T w, T s, T c, T gs, T gc) 
 }
 template <class T> DF_HD T frequency_grad_variance(T scale, T w, T s, T c, T gs, T gc) {
   return T(-0.5) * scale * scale * (w * (gs * s + gc * c));
+}
+// Gradients of u frequency_grad_x + q frequency_grad_variance: one angle's share of second.
+template <class T> struct FrequencySecond { T gs, gc, x, variance; };
+template <class T>
+DF_HD FrequencySecond<T> frequency_second(T scale, T w, T s, T c, T gs, T gc, T u, T q) {
+  const T half_square = T(-0.5) * scale * scale, a = w * (scale * u), b = w * (half_square * q);
+  const T along = gs * s + gc * c, across = gs * c - gc * s;
+  return {a * c + b * s, b * c - a * s, scale * (b * across - a * along),
+          half_square * (a * across + b * along)};
 }
 
 // Sine and cosine of r + quadrant pi / 2, |r| <= pi / 4, to 2 ulp of 1 (polynomials: Cephes sinf,
@@ -66,3 +78,4 @@ DF_HD void quadrant_sine_cosine(double r, int32_t quadrant, double& s, double& c
 
 DF_DECLARE(frequency_encode_forward, FrequencyEncodeArgs)
 DF_DECLARE(frequency_encode_backward, FrequencyEncodeArgs)
+DF_DECLARE(frequency_encode_second, FrequencyEncodeArgs)

@@ -1,6 +1,7 @@
 // Hash encoding on the CPU. Forward and the gradient of x go level by level, so that one level's
 // table stays in cache; the gradient of the table goes by (level, range of its rows): each row is
 // written by one thread, in the order of the points, without atomics.
+// ALONG: the same along a tangent (second), each sum of products differentiated product by product.
 #include "hash_encode.h"
 
 #include <cstring>
@@ -45,8 +46,9 @@ template <class T> struct Cells {
   uint32_t x[BLOCK], y[BLOCK], z[BLOCK];     // keys of the lower corner
   T wx[BLOCK], wy[BLOCK], wz[BLOCK];         // weights of the upper one
   T sx[BLOCK], sy[BLOCK], sz[BLOCK];         // their slopes
+  T bx[BLOCK], by[BLOCK], bz[BLOCK];         // and the slopes'; only ALONG
 };
-template <bool SMOOTH, class T>
+template <bool ALONG, bool SMOOTH, class T>
 inline void find_cells_as(const T* x, int n, const HashGrid& grid, Cells<T>& c) {
   const uint32_t resolution = grid.resolution, step_y = grid.step_y, step_z = grid.step_z;
   for (int i = 0; i < n; ++i) {
@@ -58,13 +60,14 @@ inline void find_cells_as(const T* x, int n, const HashGrid& grid, Cells<T>& c) 
     c.z[i] = az.cell * step_z;
     c.wx[i] = ax.weight, c.wy[i] = ay.weight, c.wz[i] = az.weight;
     c.sx[i] = ax.slope, c.sy[i] = ay.slope, c.sz[i] = az.slope;
+    if constexpr (ALONG) c.bx[i] = ax.bend, c.by[i] = ay.bend, c.bz[i] = az.bend;
   }
 }
-template <class T>
+template <bool ALONG, class T>
 __attribute__((noinline)) void find_cells(const HashEncodeArgs<T>& a, const HashGrid& grid,
                                           int64_t first, int n, Cells<T>& c) {
-  if (a.smoothstep) find_cells_as<true>(a.x + 3 * first, n, grid, c);
-  else find_cells_as<false>(a.x + 3 * first, n, grid, c);
+  if (a.smoothstep) find_cells_as<ALONG, true>(a.x + 3 * first, n, grid, c);
+  else find_cells_as<ALONG, false>(a.x + 3 * first, n, grid, c);
 }
 
 // The rows of point i's eight corners; bit 0 of the corner is x.
@@ -75,40 +78,57 @@ inline void corner_rows(const Cells<T>& c, int i, const HashGrid& grid, uint32_t
                               c.z[i] + (k & 4 ? grid.step_z : 0), grid.mask);
 }
 
+// The derivatives of point i's weights along its tangent.
+template <class T>
+inline vec3<T> weights_along(const HashEncodeArgs<T>& a, const Cells<T>& c, int i, int64_t point) {
+  const vec3<T> v = hash_tangent(load3(a.x + 3 * point), load3(a.tangent + 3 * point));
+  return {c.sx[i] * v.x, c.sy[i] * v.y, c.sz[i] * v.z};
+}
+
 // Calls f(cells, i, row) for every point from begin to end.
-template <class T, class F>
+template <bool ALONG, class T, class F>
 inline void for_points(const HashEncodeArgs<T>& a, const HashGrid& grid, int64_t begin,
                        int64_t end, const F& f) {
   Cells<T> cells;
   for (int64_t first = begin; first < end; first += BLOCK) {
     const int n = int(min<int64_t>(BLOCK, end - first));
-    find_cells(a, grid, first, n, cells);
+    find_cells<ALONG>(a, grid, first, n, cells);
     for (int i = 0; i < n; ++i) f(cells, i, first + i);
   }
 }
 
-template <int F, bool DENSE, class T>
+template <int F, bool DENSE, bool ALONG, class T>
 void encode(const HashEncodeArgs<T>& a, int level, int64_t begin, int64_t end) {
   using V = typename Features<T, F>::type;
   const HashGrid grid = hash_grid(a.levels, level);
   const T* table = a.table + F * grid.offset;
-  for_points(a, grid, begin, end, [&](const Cells<T>& c, int i, int64_t point) {
+  for_points<ALONG>(a, grid, begin, end, [&](const Cells<T>& c, int i, int64_t point) {
     uint32_t rows[8];
     corner_rows<DENSE>(c, i, grid, rows);
-    V v[4];
-    for (int k = 0; k < 4; ++k)
-      v[k] = lerp(load<V>(table + int64_t(F) * rows[2 * k]),
-                  load<V>(table + int64_t(F) * rows[2 * k + 1]), c.wx[i]);
+    V v[4], dx[4];
+    for (int k = 0; k < 4; ++k) {
+      const V left = load<V>(table + int64_t(F) * rows[2 * k]);
+      const V right = load<V>(table + int64_t(F) * rows[2 * k + 1]);
+      v[k] = lerp(left, right, c.wx[i]);
+      if constexpr (ALONG) dx[k] = right - left;
+    }
     const V low = lerp(v[0], v[1], c.wy[i]), high = lerp(v[2], v[3], c.wy[i]);
-    store(a.out + F * (a.n_levels * point + level), lerp(low, high, c.wz[i]));
+    T* const out = a.out + F * (a.n_levels * point + level);
+    if constexpr (ALONG) {
+      const vec3<T> d = weights_along(a, c, i, point);
+      const V x = lerp(lerp(dx[0], dx[1], c.wy[i]), lerp(dx[2], dx[3], c.wy[i]), c.wz[i]);
+      store(out, d.x * x + d.y * lerp(v[1] - v[0], v[3] - v[2], c.wz[i]) + d.z * (high - low));
+    } else {
+      store(out, lerp(low, high, c.wz[i]));
+    }
   });
 }
 
-template <int F, bool DENSE, class T>
+template <int F, bool DENSE, bool ALONG, class T>
 void encode_grad_x(const HashEncodeArgs<T>& a, int level, int64_t begin, int64_t end) {
   const HashGrid grid = hash_grid(a.levels, level);
   const T* table = a.table + F * grid.offset;
-  for_points(a, grid, begin, end, [&](const Cells<T>& c, int i, int64_t point) {
+  for_points<ALONG>(a, grid, begin, end, [&](const Cells<T>& c, int i, int64_t point) {
     uint32_t rows[8];
     corner_rows<DENSE>(c, i, grid, rows);
     const T* g = a.grad_out + F * (a.n_levels * point + level);
@@ -118,31 +138,46 @@ void encode_grad_x(const HashEncodeArgs<T>& a, int level, int64_t begin, int64_t
       for (int f = 1; f < F; ++f) s[k] += g[f] * table[int64_t(F) * rows[k] + f];
     }
     const vec3<T> d = hash_weight_gradient(s, c.wx[i], c.wy[i], c.wz[i]);
-    T* grad = a.grad_x + 3 * point;
-    grad[0] += c.sx[i] * d.x;
-    grad[1] += c.sy[i] * d.y;
-    grad[2] += c.sz[i] * d.z;
+    const vec3<T> slope{c.sx[i], c.sy[i], c.sz[i]};
+    T* const grad = a.grad_x + 3 * point;
+    if constexpr (ALONG) {
+      const vec3<T> v = hash_tangent(load3(a.x + 3 * point), load3(a.tangent + 3 * point));
+      const vec3<T> mixed = hash_weight_mixed(s, c.wx[i], c.wy[i], c.wz[i]);
+      const vec3<T> bend{c.bx[i], c.by[i], c.bz[i]};
+      store3(grad, load3(grad) + hash_hessian_times(v, slope, bend, d, mixed));
+    } else {
+      grad[0] += slope.x * d.x;
+      grad[1] += slope.y * d.y;
+      grad[2] += slope.z * d.z;
+    }
   });
 }
 
 // Adds every point's share to the level's rows [low, high); RANGED: these are not all.
-template <int F, bool DENSE, bool RANGED, class T>
+template <int F, bool DENSE, bool RANGED, bool ALONG, class T>
 void encode_grad_table(const HashEncodeArgs<T>& a, int level, int64_t points, int64_t low,
                        int64_t high) {
   using V = typename Features<T, F>::type;
   const HashGrid grid = hash_grid(a.levels, level);
   T* grad = a.grad_table + F * grid.offset;
   fill_zero(grad, F * low, F * high);
-  for_points(a, grid, 0, points, [&](const Cells<T>& c, int i, int64_t point) {
+  for_points<ALONG>(a, grid, 0, points, [&](const Cells<T>& c, int i, int64_t point) {
     uint32_t rows[8];
     corner_rows<DENSE>(c, i, grid, rows);
     const V g = load<V>(a.grad_out + F * (a.n_levels * point + level));
     const V z1 = g * c.wz[i], z0 = g - z1;
     const V y1 = z0 * c.wy[i], y3 = z1 * c.wy[i], y0 = z0 - y1, y2 = z1 - y3;
-    const V y[4] = {y0, y1, y2, y3};
+    V y[4] = {y0, y1, y2, y3}, dx[4];
+    if constexpr (ALONG) {
+      const vec3<T> d = weights_along(a, c, i, point);
+      const V dz1 = g * d.z, dy1 = z0 * d.y - dz1 * c.wy[i], dy3 = z1 * d.y + dz1 * c.wy[i];
+      for (int k = 0; k < 4; ++k) dx[k] = y[k] * d.x;
+      y[0] = -(dz1 + dy1), y[1] = dy1, y[2] = dz1 - dy3, y[3] = dy3;
+    }
     for (int k = 0; k < 8; ++k) {
       if (RANGED && !(rows[k] >= low && rows[k] < high)) continue;
-      const V upper = y[k / 2] * c.wx[i];
+      V upper = y[k / 2] * c.wx[i];
+      if constexpr (ALONG) upper += dx[k / 2];
       T* p = grad + int64_t(F) * rows[k];
       store(p, load<V>(p) + (k & 1 ? upper : y[k / 2] - upper));
     }
@@ -157,7 +192,7 @@ int threads() {
 #endif
 }
 
-template <class T> void grad_table(const HashEncodeArgs<T>& a, int64_t valid) {
+template <bool ALONG, class T> void grad_table(const HashEncodeArgs<T>& a, int64_t valid) {
   // Ranges a level: enough work for all threads; they change no sum.
   const int ranges = threads() == 1 ? 1 : max(1, (3 * threads() + a.n_levels - 1) / a.n_levels);
   parallel_for(int64_t(a.n_levels) * ranges, 1, [&](int64_t task, int64_t) {
@@ -168,38 +203,33 @@ template <class T> void grad_table(const HashEncodeArgs<T>& a, int64_t valid) {
     on_grid(a.n_features, grid.dense, [&](auto f, auto dense) {
       constexpr int F = decltype(f)::value;
       constexpr bool D = decltype(dense)::value;
-      if (ranges == 1) encode_grad_table<F, D, false>(a, level, valid, low, high);
-      else encode_grad_table<F, D, true>(a, level, valid, low, high);
+      // Along a tangent g++ rounds differently in the two: always the same one then.
+      if (ranges == 1 && !ALONG) encode_grad_table<F, D, false, ALONG>(a, level, valid, low, high);
+      else encode_grad_table<F, D, true, ALONG>(a, level, valid, low, high);
     });
   });
 }
 
-}  // namespace
-
-template <class T> void hash_encode_forward(const HashEncodeArgs<T>& a, Stream) {
-  const int64_t valid = valid_rows(a.count, a.n), row = a.n_levels * a.n_features;
-  const int64_t chunks = (a.n + GRAIN - 1) / GRAIN;
+template <bool ALONG, class T> void features(const HashEncodeArgs<T>& a, int64_t valid) {
+  const int64_t row = a.n_levels * a.n_features, chunks = (a.n + GRAIN - 1) / GRAIN;
   parallel_for(a.n_levels * chunks, 1, [&](int64_t task, int64_t) {  // level by level
     const int level = int(task / chunks);
     const int64_t begin = task % chunks * GRAIN, end = min(a.n, begin + GRAIN);
     const int64_t stop = clamp(valid, begin, end);
     on_grid(a.n_features, hash_grid(a.levels, level).dense, [&](auto f, auto dense) {
-      encode<decltype(f)::value, decltype(dense)::value>(a, level, begin, stop);
+      encode<decltype(f)::value, decltype(dense)::value, ALONG>(a, level, begin, stop);
     });
     if (level == 0) fill_zero(a.out, row * stop, row * end);
   });
 }
 
-template <class T> void hash_encode_backward(const HashEncodeArgs<T>& a, Stream) {
-  const int64_t valid = valid_rows(a.count, a.n);
-  if (a.grad_table) grad_table(a, valid);
-  if (!a.grad_x) return;
+template <bool ALONG, class T> void grad_x(const HashEncodeArgs<T>& a, int64_t valid) {
   for (int level = 0; level < a.n_levels; ++level) {
     parallel_for(a.n, GRAIN, [&](int64_t begin, int64_t end) {
       const int64_t stop = clamp(valid, begin, end);
       if (level == 0) fill_zero(a.grad_x, 3 * begin, 3 * end);
       on_grid(a.n_features, hash_grid(a.levels, level).dense, [&](auto f, auto dense) {
-        encode_grad_x<decltype(f)::value, decltype(dense)::value>(a, level, begin, stop);
+        encode_grad_x<decltype(f)::value, decltype(dense)::value, ALONG>(a, level, begin, stop);
       });
       if (level + 1 < a.n_levels) return;
       for (int64_t i = 3 * begin; i < 3 * stop; ++i)
@@ -208,8 +238,28 @@ template <class T> void hash_encode_backward(const HashEncodeArgs<T>& a, Stream)
   }
 }
 
+}  // namespace
+
+template <class T> void hash_encode_forward(const HashEncodeArgs<T>& a, Stream) {
+  features<false>(a, valid_rows(a.count, a.n));
+}
+
+template <class T> void hash_encode_backward(const HashEncodeArgs<T>& a, Stream) {
+  const int64_t valid = valid_rows(a.count, a.n);
+  if (a.grad_table) grad_table<false>(a, valid);
+  if (a.grad_x) grad_x<false>(a, valid);
+}
+
+template <class T> void hash_encode_second(const HashEncodeArgs<T>& a, Stream) {
+  const int64_t valid = valid_rows(a.count, a.n);
+  if (a.out) features<true>(a, valid);
+  if (a.grad_table) grad_table<true>(a, valid);
+  if (a.grad_x) grad_x<true>(a, valid);
+}
+
 DF_INSTANTIATE(hash_encode_forward, HashEncodeArgs)
 DF_INSTANTIATE(hash_encode_backward, HashEncodeArgs)
+DF_INSTANTIATE(hash_encode_second, HashEncodeArgs)
 
 }  // namespace DF_ISA
 }  // namespace df

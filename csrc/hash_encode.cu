@@ -9,6 +9,7 @@
 // gradient is added by vector reductions (sums in no fixed order).
 // The gradient of x: a block has 32 points and a warp for every fourth level; four partial sums a
 // point meet in shared memory. No atomics: the result is the same each time.
+// ALONG: the same along a tangent (second).
 // half: tables and features only; points, weights, sums and gradients of both are float.
 #include "gpu.h"
 #include "hash_encode.h"
@@ -80,8 +81,24 @@ template <class W> __device__ inline W corner_weight(const Cell<W>& c, int corne
   return x * (y * z);
 }
 
+// Derivatives of the three weights along a tangent; and of a corner's weight.
+template <class W>
+__device__ inline vec3<W> weights_along(const Cell<W>& c, vec3<W> x, vec3<W> tangent) {
+  const vec3<W> v = hash_tangent(x, tangent);
+  return {c.x.slope * v.x, c.y.slope * v.y, c.z.slope * v.z};
+}
+template <class W>
+__device__ inline W corner_weight_along(const Cell<W>& c, vec3<W> d, int corner) {
+  const W x = corner & 1 ? c.x.weight : W(1) - c.x.weight;
+  const W y = corner & 2 ? c.y.weight : W(1) - c.y.weight;
+  const W z = corner & 4 ? c.z.weight : W(1) - c.z.weight;
+  const W dx = corner & 1 ? d.x : -d.x, dy = corner & 2 ? d.y : -d.y;
+  const W dz = corner & 4 ? d.z : -d.z;
+  return dx * (y * z) + x * (dy * z + y * dz);
+}
+
 // ---- forward ------------------------------------------------------------------------------------
-template <int F, class T>
+template <int F, bool ALONG, class T>
 __global__ void __launch_bounds__(THREADS) hash_forward_kernel(HashEncodeArgs<T> a) {
   using W = Wide<T>;
   const int64_t point = group_point<GROUP<F, T>>();
@@ -90,15 +107,20 @@ __global__ void __launch_bounds__(THREADS) hash_forward_kernel(HashEncodeArgs<T>
   W sum[F] = {};
   if (point < valid_rows(a.count, a.n)) {
     const HashGrid grid = hash_grid(a.levels, level);
-    const Cell<W> cell = find_cell(load3(a.x + 3 * point), grid, a.smoothstep);
+    const vec3<W> x = load3(a.x + 3 * point);
+    const Cell<W> cell = find_cell(x, grid, a.smoothstep);
     const T* const table = a.table + F * grid.offset;
+    vec3<W> d;
+    if constexpr (ALONG) d = weights_along(cell, x, load3(a.tangent + 3 * point));
     W v[8][F];  // all are read before the first is used
 #pragma unroll
     for (int k = 0; k < 8; ++k)
       load_features<F>(table + int64_t(F) * corner_row(cell, grid, k), v[k]);
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
-      const W weight = corner_weight(cell, k);
+      W weight;
+      if constexpr (ALONG) weight = corner_weight_along(cell, d, k);
+      else weight = corner_weight(cell, k);
 #pragma unroll
       for (int f = 0; f < F; ++f) sum[f] += weight * v[k][f];
     }
@@ -107,20 +129,25 @@ __global__ void __launch_bounds__(THREADS) hash_forward_kernel(HashEncodeArgs<T>
 }
 
 // ---- backward -----------------------------------------------------------------------------------
-template <int F, class T>
+template <int F, bool ALONG, class T>
 __global__ void __launch_bounds__(THREADS) hash_grad_table_kernel(HashEncodeArgs<T> a) {
   using W = Wide<T>;
   const int64_t point = group_point<GROUP<F, T>>();
   const int level = group_level<GROUP<F, T>>();
   if (point >= valid_rows(a.count, a.n) || level >= a.n_levels) return;
   const HashGrid grid = hash_grid(a.levels, level);
-  const Cell<W> cell = find_cell(load3(a.x + 3 * point), grid, a.smoothstep);
+  const vec3<W> x = load3(a.x + 3 * point);
+  const Cell<W> cell = find_cell(x, grid, a.smoothstep);
+  vec3<W> d;
+  if constexpr (ALONG) d = weights_along(cell, x, load3(a.tangent + 3 * point));
   W* const grad = a.grad_table + F * grid.offset;
   W g[F];
   load_features<F>(a.grad_out + F * (a.n_levels * point + level), g);
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
-    const W weight = corner_weight(cell, k);
+    W weight;
+    if constexpr (ALONG) weight = corner_weight_along(cell, d, k);
+    else weight = corner_weight(cell, k);
     W part[F];
 #pragma unroll
     for (int f = 0; f < F; ++f) part[f] = weight * g[f];
@@ -129,7 +156,7 @@ __global__ void __launch_bounds__(THREADS) hash_grad_table_kernel(HashEncodeArgs
 }
 
 // One level's part of the gradient of point p.
-template <int F, class T>
+template <int F, bool ALONG, class T>
 __device__ inline vec3<Wide<T>> level_gradient(const HashEncodeArgs<T>& a, vec3<Wide<T>> p,
                                                int64_t point, int level) {
   using W = Wide<T>;
@@ -147,11 +174,15 @@ __device__ inline vec3<Wide<T>> level_gradient(const HashEncodeArgs<T>& a, vec3<
     for (int f = 1; f < F; ++f) s[k] += g[f] * v[f];
   }
   const vec3<W> d = hash_weight_gradient(s, cell.x.weight, cell.y.weight, cell.z.weight);
-  return {cell.x.slope * d.x, cell.y.slope * d.y, cell.z.slope * d.z};
+  const vec3<W> slope{cell.x.slope, cell.y.slope, cell.z.slope};
+  if constexpr (!ALONG) return {slope.x * d.x, slope.y * d.y, slope.z * d.z};
+  const vec3<W> bend{cell.x.bend, cell.y.bend, cell.z.bend};
+  return hash_hessian_times(hash_tangent(p, load3(a.tangent + 3 * point)), slope, bend, d,
+                            hash_weight_mixed(s, cell.x.weight, cell.y.weight, cell.z.weight));
 }
 
 // The bounds' 1, the fewest blocks a multiprocessor: else ptxas spills a register for one more.
-template <int F, class T>
+template <int F, bool ALONG, class T>
 __global__ void __launch_bounds__(SLICES * WARP, 1) hash_grad_x_kernel(HashEncodeArgs<T> a) {
   using W = Wide<T>;
   DF_SHARED(W, parts, SLICES * 3 * WARP);  // (slice, point, 3)
@@ -160,7 +191,7 @@ __global__ void __launch_bounds__(SLICES * WARP, 1) hash_grad_x_kernel(HashEncod
   if (point < valid_rows(a.count, a.n)) {
     const vec3<W> p = load3(a.x + 3 * point);
     for (int level = int(threadIdx.x) / WARP; level < a.n_levels; level += SLICES)
-      grad = grad + level_gradient<F>(a, p, point, level);
+      grad = grad + level_gradient<F, ALONG>(a, p, point, level);
   }
   store3(parts + 3 * threadIdx.x, grad);
   __syncthreads();
@@ -184,17 +215,15 @@ template <int F, class T> dim3 grid_of_groups(const HashEncodeArgs<T>& a) {
   return dim3(blocks_for(a.n, THREADS / GROUP<F, T>), blocks_for(a.n_levels, GROUP<F, T>));
 }
 
-}  // namespace
-
-template <class T> void hash_encode_forward(const HashEncodeArgs<T>& a, Stream stream) {
+template <bool ALONG, class T> void features(const HashEncodeArgs<T>& a, Stream stream) {
   on_features(a.n_features, [&](auto features) {
     constexpr int F = decltype(features)::value;
-    launch("hash_forward_kernel", hash_forward_kernel<F, T>, grid_of_groups<F>(a), THREADS, 0,
-           stream, a);
+    launch("hash_forward_kernel", hash_forward_kernel<F, ALONG, T>, grid_of_groups<F>(a), THREADS,
+           0, stream, a);
   });
 }
 
-template <class T> void hash_encode_backward(const HashEncodeArgs<T>& a, Stream stream) {
+template <bool ALONG, class T> void gradients(const HashEncodeArgs<T>& a, Stream stream) {
   if (a.grad_table)
     device_zero(a.grad_table,
                 sizeof(Wide<T>) * size_t(a.levels.offset[a.n_levels]) * size_t(a.n_features),
@@ -202,18 +231,35 @@ template <class T> void hash_encode_backward(const HashEncodeArgs<T>& a, Stream 
   on_features(a.n_features, [&](auto features) {
     constexpr int F = decltype(features)::value;
     if (a.grad_table)
-      launch("hash_grad_table_kernel", hash_grad_table_kernel<F, T>, grid_of_groups<F>(a), THREADS,
-             0, stream, a);
+      launch("hash_grad_table_kernel", hash_grad_table_kernel<F, ALONG, T>, grid_of_groups<F>(a),
+             THREADS, 0, stream, a);
     if (a.grad_x)
-      launch("hash_grad_x_kernel", hash_grad_x_kernel<F, T>, blocks_for(a.n, WARP), SLICES * WARP,
-             0, stream, a);
+      launch("hash_grad_x_kernel", hash_grad_x_kernel<F, ALONG, T>, blocks_for(a.n, WARP),
+             SLICES * WARP, 0, stream, a);
   });
+}
+
+}  // namespace
+
+template <class T> void hash_encode_forward(const HashEncodeArgs<T>& a, Stream stream) {
+  features<false>(a, stream);
+}
+
+template <class T> void hash_encode_backward(const HashEncodeArgs<T>& a, Stream stream) {
+  gradients<false>(a, stream);
+}
+
+template <class T> void hash_encode_second(const HashEncodeArgs<T>& a, Stream stream) {
+  if (a.out) features<true>(a, stream);
+  gradients<true>(a, stream);
 }
 
 DF_INSTANTIATE(hash_encode_forward, HashEncodeArgs)
 DF_INSTANTIATE(hash_encode_backward, HashEncodeArgs)
+DF_INSTANTIATE(hash_encode_second, HashEncodeArgs)
 DF_INSTANTIATE_HALF(hash_encode_forward, HashEncodeArgs)
 DF_INSTANTIATE_HALF(hash_encode_backward, HashEncodeArgs)
+DF_INSTANTIATE_HALF(hash_encode_second, HashEncodeArgs)
 
 }  // namespace DF_ISA
 }  // namespace df

@@ -7,6 +7,11 @@
 // Corner (i, j, k) is row i + (N + 1) (j + (N + 1) k) of the level where those (N + 1)^3 rows fit,
 // and (i xor 2654435761 j xor 805459861 k) mod 2^log2_table_size, 32 bits wide, where not.
 // NaN: its cell is N - 1, its fraction is NaN.
+//
+// Second: the derivative along a tangent v of the points, d/de at x + e v, of what the others give:
+// of the features (out, or null: not wanted), of grad_x (its Hessian times v) and of grad_table.
+// These are also the gradients of <v, grad_x> by grad_out, x and table: what backward's own
+// backward asks for. v does not count in a coordinate outside of the cube.
 #pragma once
 
 #include "common.h"
@@ -21,17 +26,18 @@ struct HashLevels {                      // ops/hash_encode.py: hash_table_rows
 };
 
 template <class T> struct HashEncodeArgs {
-  const Wide<T>* x;      // (n, 3) points, clamped to [0, 1]
-  const T* table;        // (rows, n_features)
-  const T* grad_out;     // (n, n_levels * n_features) gradient of out; backward only
-  T* out;                // (n, n_levels * n_features) features, level by level
-  Wide<T>* grad_x;       // (n, 3) gradient of x, or null: not wanted; backward only
-  Wide<T>* grad_table;   // (rows, n_features) gradient of table, or null; backward only
-  const int32_t* count;  // (1,) number of valid rows, or null: all
-  int64_t n;             // points
-  int n_levels;          // 1..32
-  int n_features;        // 1, 2, 4 or 8
-  bool smoothstep;       // else linear
+  const Wide<T>* x;        // (n, 3) points, clamped to [0, 1]
+  const T* table;          // (rows, n_features)
+  const T* grad_out;       // (n, n_levels * n_features) gradient of out; not in forward
+  const Wide<T>* tangent;  // (n, 3) gradient of backward's grad_x; second only
+  T* out;                  // (n, n_levels * n_features) features, level by level
+  Wide<T>* grad_x;         // (n, 3) gradient of x, or null: not wanted; not in forward
+  Wide<T>* grad_table;     // (rows, n_features) gradient of table, or null; backward only
+  const int32_t* count;    // (1,) number of valid rows, or null: all
+  int64_t n;               // points
+  int n_levels;            // 1..32
+  int n_features;          // 1, 2, 4 or 8
+  bool smoothstep;         // else linear
   HashLevels levels;
 };
 
@@ -55,10 +61,10 @@ template <bool DENSE> DF_HD uint32_t hash_row(uint32_t x, uint32_t y, uint32_t z
   return DENSE ? x + y + z : (x ^ y ^ z) & mask;
 }
 
-// One coordinate's cell, weight of the upper corner, and that weight's derivative by x, which
-// counts only inside the cube: grad_x is zeroed at the end where hash_clamped(x).
+// One coordinate's cell, weight of the upper corner, and that weight's derivatives by x, which
+// count only inside the cube: grad_x is zeroed at the end where hash_clamped(x).
 template <class T> DF_HD bool hash_clamped(T x) { return !(x >= T(0) && x <= T(1)); }  // or NaN
-template <class T> struct HashAxis { uint32_t cell; T weight, slope; };
+template <class T> struct HashAxis { uint32_t cell; T weight, slope, bend; };
 template <class T> DF_HD HashAxis<T> hash_axis(T x, uint32_t resolution, bool smoothstep) {
   const T scale = T(int32_t(resolution)), clamped = clamp(x, T(0), T(1));
   // Rounded before it is used: a fused multiply-add would move the fraction out of the cell.
@@ -71,8 +77,9 @@ template <class T> DF_HD HashAxis<T> hash_axis(T x, uint32_t resolution, bool sm
 #endif
   const int32_t cell = int32_t(pos < scale ? pos : scale - T(1));  // NaN: the last
   const T f = pos - T(cell);
-  if (!smoothstep) return {uint32_t(cell), f, scale};
-  return {uint32_t(cell), f * f * (T(3) - T(2) * f), scale * T(6) * f * (T(1) - f)};
+  if (!smoothstep) return {uint32_t(cell), f, scale, T(0)};
+  return {uint32_t(cell), f * f * (T(3) - T(2) * f), scale * T(6) * f * (T(1) - f),
+          scale * scale * (T(6) - T(12) * f)};
 }
 
 // The gradient of sum_c s_c w_c by the three weights; s: the corners' values, bit 0 of c is x.
@@ -86,8 +93,33 @@ template <class T> DF_HD vec3<T> hash_weight_gradient(const T* s, T wx, T wy, T 
   return {x0 + wz * (x1 - x0), e0 + wz * (e1 - e0), z1 - z0};
 }
 
+// Its mixed second derivatives: by y and z (x), by x and z (y), by x and y (z).
+template <class T> DF_HD vec3<T> hash_weight_mixed(const T* s, T wx, T wy, T wz) {
+  const T d0 = s[1] - s[0], d1 = s[3] - s[2], d2 = s[5] - s[4], d3 = s[7] - s[6];
+  const T x0 = d0 + wy * (d1 - d0), x1 = d2 + wy * (d3 - d2);
+  const T e0 = s[2] - s[0] + wx * (d1 - d0), e1 = s[6] - s[4] + wx * (d3 - d2);
+  return {e1 - e0, x1 - x0, d1 - d0 + wz * ((d3 - d2) - (d1 - d0))};
+}
+
+// The derivative along v of (slope_x f_x, slope_y f_y, slope_z f_z), with f_x.. the gradient by the
+// weights and m.. the mixed derivatives.
+template <class T>
+DF_HD vec3<T> hash_hessian_times(vec3<T> v, vec3<T> slope, vec3<T> bend, vec3<T> f, vec3<T> m) {
+  const vec3<T> w{v.x * slope.x, v.y * slope.y, v.z * slope.z};
+  return {slope.x * (w.y * m.z + w.z * m.y) + v.x * bend.x * f.x,
+          slope.y * (w.x * m.z + w.z * m.x) + v.y * bend.y * f.y,
+          slope.z * (w.x * m.y + w.y * m.x) + v.z * bend.z * f.z};
+}
+
+// The tangent where it counts.
+template <class T> DF_HD vec3<T> hash_tangent(vec3<T> x, vec3<T> v) {
+  return {hash_clamped(x.x) ? T(0) : v.x, hash_clamped(x.y) ? T(0) : v.y,
+          hash_clamped(x.z) ? T(0) : v.z};
+}
+
 }  // inline namespace DF_ISA
 }  // namespace df
 
 DF_DECLARE(hash_encode_forward, HashEncodeArgs)
 DF_DECLARE(hash_encode_backward, HashEncodeArgs)
+DF_DECLARE(hash_encode_second, HashEncodeArgs)

@@ -193,6 +193,32 @@ void activate_silu(Block<T> block, int width, T* __restrict values, T* __restric
     if constexpr (SLOPE) slope += Block<T>::ROWS;
   }
 }
+// And of second: the derivatives along the tangent too, which come as those of z. bend: act'' R z.
+template <class T>
+void activate_relu_second(Block<T> block, int width, T* __restrict values, T* __restrict along) {
+  for (int i = 0; i < width * Block<T>::ROWS; i += Block<T>::ROWS)
+    for (int r = i; r < i + block.padded; ++r) {
+      values[r] = mlp_relu(values[r]);
+      along[r] = mlp_relu_backward(values[r], along[r]);
+    }
+}
+template <class T>
+void activate_silu_second(Block<T> block, int width, T* __restrict values, T* __restrict along,
+                          T* __restrict slope, T* __restrict bend) {
+  T e[Block<T>::ROWS];
+  for (int c = 0; c < width; ++c) {
+    for (int r = 0; r < block.padded; ++r) e[r] = exp_fast(-values[r]);
+    for (int r = 0; r < block.padded; ++r) {
+      const T z = values[r];
+      slope[r] = mlp_silu_slope(z, e[r]);
+      bend[r] = mlp_silu_bend(z, e[r]) * along[r];
+      values[r] = mlp_silu(z, e[r]);
+      along[r] *= slope[r];
+    }
+    values += Block<T>::ROWS, along += Block<T>::ROWS;
+    slope += Block<T>::ROWS, bend += Block<T>::ROWS;
+  }
+}
 template <class T>
 void activate_backward(Block<T> block, int width, const T* h, const T* slope, T* g) {
   for (int c = 0; c < width; ++c, h += Block<T>::ROWS, g += Block<T>::ROWS) {
@@ -216,15 +242,12 @@ void layer(const MlpShape& s, int l, Block<T> block, const T* w, const T* x, T* 
   else activate_silu<false>(block, n_out, y, slope);
 }
 
-// A chunk's workspace, pointed into.
-template <class T> struct Scratch {
-  T *h[MLP_MAX_LAYERS], *slope[MLP_MAX_LAYERS], *g, *spare, *grad_params;
-  Scratch(const MlpShape& s, T* memory, bool params) {
+// Places for a block's values: inputs of each layer, hidden layers' slopes (silu), two gradients.
+template <class T> struct Values {
+  T *h[MLP_MAX_LAYERS], *slope[MLP_MAX_LAYERS], *g, *spare;
+  Values(const MlpShape& s, T* memory) {
     constexpr int ROWS = Block<T>::ROWS;
-    T* const end = memory + mlp_chunk_workspace(s, ROWS, params);
-    grad_params = params ? memory + mlp_block_columns(s) * ROWS : nullptr;
-    if (params) fill_zero(grad_params, 0, mlp_parameters(s));
-    T* const values_end = params ? grad_params : end;
+    T* const end = memory + mlp_block_columns(s, false) * ROWS;
     for (int l = 0; l < s.n_layers; ++l) {
       h[l] = memory;
       memory += s.width[l] * ROWS;
@@ -232,14 +255,21 @@ template <class T> struct Scratch {
       if (slope[l]) memory += s.width[l] * ROWS;
     }
     g = memory;
-    spare = memory + (values_end - memory) / 2;
+    spare = memory + (end - memory) / 2;
+  }
+  void turn() {
+    T* const done = g;
+    g = spare;
+    spare = done;
   }
 };
 
 // Rows [begin, begin + block.n): recompute the hidden values, then back through the layers.
 template <class T>
-void block_backward(const MlpArgs<T>& a, Block<T> block, int64_t begin, Scratch<T> s) {
+void block_backward(const MlpArgs<T>& a, Block<T> block, int64_t begin, T* memory,
+                    T* grad_params) {
   const MlpShape& shape = a.shape;
+  Values<T> s(shape, memory);
   const T* w = a.params;
   block.read(a.x + begin * shape.width[0], shape.width[0], s.h[0]);
   for (int l = 0; l + 1 < shape.n_layers; w += mlp_layer_parameters(shape, l++))
@@ -248,22 +278,106 @@ void block_backward(const MlpArgs<T>& a, Block<T> block, int64_t begin, Scratch<
   block.read(a.grad_out + begin * outputs, outputs, s.g);
   for (int l = shape.n_layers - 1; l >= 0; --l) {
     const int n_in = shape.width[l], n_out = shape.width[l + 1];
-    if (a.grad_params) {
-      T* const grad = s.grad_params + (w - a.params);
+    if (grad_params) {
+      T* const grad = grad_params + (w - a.params);
       add_products(block, s.g, n_out, s.h[l], n_in, grad);
       if (shape.bias) add_sums(block, s.g, n_out, grad + n_in * n_out);
     }
     if (l == 0 && !a.grad_x) return;
     multiply<T>(block, w, 1, n_in, nullptr, n_in, n_out, s.g, s.spare);
-    T* const done = s.g;
-    s.g = s.spare;
-    s.spare = done;
+    s.turn();
     if (l > 0) {
       activate_backward(block, n_in, s.h[l], s.slope[l], s.g);
       w -= mlp_layer_parameters(shape, l - 1);
     }
   }
   block.write(s.g, shape.width[0], a.grad_x + begin * shape.width[0]);
+}
+
+// The same along the tangent: d holds the derivatives of s's values, d.slope what bends them.
+template <class T>
+void block_second(const MlpArgs<T>& a, Block<T> block, int64_t begin, T* memory, T* grad_params) {
+  constexpr int ROWS = Block<T>::ROWS;
+  const MlpShape& shape = a.shape;
+  const int last = shape.n_layers - 1, inputs = shape.width[0], outputs = shape.width[last + 1];
+  Values<T> s(shape, memory), d(shape, memory + mlp_block_columns(shape, false) * ROWS);
+  const T* w = a.params;
+  block.read(a.x + begin * inputs, inputs, s.h[0]);
+  block.read(a.tangent + begin * inputs, inputs, d.h[0]);
+  for (int l = 0; l < last; w += mlp_layer_parameters(shape, l++)) {
+    const int n_in = shape.width[l], n_out = shape.width[l + 1];
+    const T* const bias = shape.bias ? w + n_in * n_out : nullptr;
+    multiply(block, w, n_in, int64_t(1), bias, n_out, n_in, s.h[l], s.h[l + 1]);
+    multiply<T>(block, w, n_in, 1, nullptr, n_out, n_in, d.h[l], d.h[l + 1]);
+    if (shape.silu)
+      activate_silu_second(block, n_out, s.h[l + 1], d.h[l + 1], s.slope[l + 1], d.slope[l + 1]);
+    else
+      activate_relu_second(block, n_out, s.h[l + 1], d.h[l + 1]);
+  }
+  if (a.out) {
+    multiply<T>(block, w, shape.width[last], 1, nullptr, outputs, shape.width[last], d.h[last],
+                s.g);
+    block.write(s.g, outputs, a.out + begin * outputs);
+  }
+  const bool bends = shape.silu && last > 0 && a.grad_x;  // else grad_x is zero
+  if (!grad_params && !bends) return;
+  block.read(a.grad_out + begin * outputs, outputs, s.g);
+  for (int l = last; l >= 0; --l) {
+    const int n_in = shape.width[l], n_out = shape.width[l + 1];
+    const bool bent = shape.silu && l < last;  // d.g is not zero
+    if (grad_params) {
+      T* const grad = grad_params + (w - a.params);
+      add_products(block, s.g, n_out, d.h[l], n_in, grad);
+      if (bent) add_products(block, d.g, n_out, s.h[l], n_in, grad);
+      if (bent && shape.bias) add_sums(block, d.g, n_out, grad + n_in * n_out);
+    }
+    if (l == 0 && !bends) return;
+    if (bent) multiply<T>(block, w, 1, n_in, nullptr, n_in, n_out, d.g, d.spare);
+    else fill_zero(d.spare, 0, shape.silu ? n_in * ROWS : 0);
+    d.turn();
+    if (l == 0) break;
+    multiply<T>(block, w, 1, n_in, nullptr, n_in, n_out, s.g, s.spare);
+    s.turn();
+    if (shape.silu)
+      for (int i = 0; i < n_in * ROWS; i += ROWS)
+        for (int r = i; r < i + block.padded; ++r)
+          d.g[r] = d.slope[l][r] * s.g[r] + s.slope[l][r] * d.g[r];
+    activate_backward(block, n_in, s.h[l], s.slope[l], s.g);
+    w -= mlp_layer_parameters(shape, l - 1);
+  }
+  block.write(d.g, inputs, a.grad_x + begin * inputs);
+}
+
+// All rows, chunk by chunk, each with its part of the workspace; then the sum of their gradients
+// of params.
+template <bool SECOND, class T> void backward(const MlpArgs<T>& a) {
+  constexpr int64_t ROWS = Block<T>::ROWS;
+  const MlpShape& s = a.shape;
+  const int64_t valid = valid_rows(a.count, a.n), inputs = s.width[0], outputs = s.width[s.n_layers];
+  const int64_t rows = mlp_chunk_rows(a.n), chunks = (valid + rows - 1) / rows;
+  const int64_t size = mlp_chunk_workspace(s, ROWS, a.grad_params, SECOND);
+  const int64_t values = mlp_block_columns(s, SECOND) * ROWS;
+  const bool zero_x = SECOND && !(s.silu && s.n_layers > 1);
+  parallel_for(a.n, rows, [&](int64_t begin, int64_t end) {
+    const int64_t stop = clamp(valid, begin, end);
+    T* const memory = a.workspace + begin / rows * size;
+    T* const grad_params = a.grad_params ? memory + values : nullptr;
+    if (grad_params && begin < stop) fill_zero(grad_params, 0, mlp_parameters(s));
+    for (int64_t first = begin; first < stop; first += ROWS) {
+      const Block<T> block(min(ROWS, stop - first));
+      if constexpr (SECOND) block_second(a, block, first, memory, grad_params);
+      else block_backward(a, block, first, memory, grad_params);
+    }
+    if (a.grad_x) fill_zero(a.grad_x, (zero_x ? begin : stop) * inputs, end * inputs);
+    if (SECOND && a.out) fill_zero(a.out, stop * outputs, end * outputs);
+  });
+  if (!a.grad_params) return;
+  const T* const partial = a.workspace + values;
+  parallel_for(mlp_parameters(s), 4096, [&](int64_t begin, int64_t end) {
+    fill_zero(a.grad_params, begin, end);
+    for (int64_t k = 0; k < chunks; ++k)
+      for (int64_t i = begin; i < end; ++i) a.grad_params[i] += partial[k * size + i];
+  });
 }
 
 }  // namespace
@@ -287,31 +401,12 @@ template <class T> void mlp_forward(const MlpArgs<T>& a, Stream) {
   });
 }
 
-template <class T> void mlp_backward(const MlpArgs<T>& a, Stream) {
-  constexpr int64_t ROWS = Block<T>::ROWS;
-  const int64_t valid = valid_rows(a.count, a.n), inputs = a.shape.width[0];
-  const int64_t rows = mlp_chunk_rows(a.n), chunks = (valid + rows - 1) / rows;
-  const int64_t size = mlp_chunk_workspace(a.shape, ROWS, a.grad_params);
-  parallel_for(a.n, rows, [&](int64_t begin, int64_t end) {
-    const int64_t stop = clamp(valid, begin, end);
-    if (begin < stop) {
-      const Scratch<T> scratch(a.shape, a.workspace + begin / rows * size, a.grad_params);
-      for (int64_t first = begin; first < stop; first += ROWS)
-        block_backward(a, Block<T>(min(ROWS, stop - first)), first, scratch);
-    }
-    if (a.grad_x) fill_zero(a.grad_x, stop * inputs, end * inputs);
-  });
-  if (!a.grad_params) return;
-  const T* const partial = a.workspace + mlp_block_columns(a.shape) * ROWS;
-  parallel_for(mlp_parameters(a.shape), 4096, [&](int64_t begin, int64_t end) {
-    fill_zero(a.grad_params, begin, end);
-    for (int64_t k = 0; k < chunks; ++k)
-      for (int64_t i = begin; i < end; ++i) a.grad_params[i] += partial[k * size + i];
-  });
-}
+template <class T> void mlp_backward(const MlpArgs<T>& a, Stream) { backward<false>(a); }
+template <class T> void mlp_second(const MlpArgs<T>& a, Stream) { backward<true>(a); }
 
 DF_INSTANTIATE(mlp_forward, MlpArgs)
 DF_INSTANTIATE(mlp_backward, MlpArgs)
+DF_INSTANTIATE(mlp_second, MlpArgs)
 
 }  // namespace DF_ISA
 }  // namespace df

@@ -22,16 +22,21 @@ template <class T> __device__ inline const Quad<T>& quad(const T* p) {
   return *reinterpret_cast<const Quad<T>*>(p);
 }
 
+// Numbers of shared memory in which weights, or add_products' values, are staged.
+template <class T> constexpr int OUTS = 2 * THREADS / (MlpTile<T>::rows / 4);  // at a time
+template <class T> constexpr int STAGED = DEPTH * (OUTS<T> + 2);
+template <class T> constexpr int STAGED_BACKWARD =
+    max(STAGED<T>, 2 * SQUARE * MlpTile<T>::stride);
+
 // Calls store(o, r, y[o] at rows r to r + 3) for all o, where
 // y[o] = bias[o] + sum_i w[o * w_out + i * w_in] x[i]. Begins with a barrier: x may be just written
 // and store may overwrite what was read before.
 template <class T, class Store>
-__device__ inline void multiply(const T* w, int w_out, int w_in, const T* bias, int n_out,
-                                int n_in, const T* x, const Store& store) {
-  constexpr int GROUPS = MlpTile<T>::rows / 4, OUTS = 2 * THREADS / GROUPS, STRIDE = OUTS + 2;
-  DF_SHARED(T, staged, DEPTH * STRIDE);
+__device__ inline void multiply(T* staged, const T* w, int w_out, int w_in, const T* bias,
+                                int n_out, int n_in, const T* x, const Store& store) {
+  constexpr int GROUPS = MlpTile<T>::rows / 4, STRIDE = OUTS<T> + 2;
   const int r = threadIdx.x % GROUPS * 4, out = threadIdx.x / GROUPS * 2;
-  for (int first = 0; first < n_out; first += OUTS) {
+  for (int first = 0; first < n_out; first += OUTS<T>) {
     T acc[2][4];
 #pragma unroll
     for (int j = 0; j < 2; ++j)
@@ -40,9 +45,9 @@ __device__ inline void multiply(const T* w, int w_out, int w_in, const T* bias, 
         acc[j][i] = bias && first + out + j < n_out ? bias[first + out + j] : T(0);
     for (int begin = 0; begin < n_in; begin += DEPTH) {
       __syncthreads();
-      for (int e = threadIdx.x; e < DEPTH * OUTS; e += THREADS) {
+      for (int e = threadIdx.x; e < DEPTH * OUTS<T>; e += THREADS) {
         // Neighbouring threads read neighbouring weights.
-        const int k = w_in == 1 ? e % DEPTH : e / OUTS, o = w_in == 1 ? e / DEPTH : e % OUTS;
+        const int k = w_in == 1 ? e % DEPTH : e / OUTS<T>, o = w_in == 1 ? e / DEPTH : e % OUTS<T>;
         const bool inside = begin + k < n_in && first + o < n_out;
         staged[k * STRIDE + o] = inside ? w[(first + o) * w_out + (begin + k) * w_in] : T(0);
       }
@@ -66,11 +71,11 @@ __device__ inline void multiply(const T* w, int w_out, int w_in, const T* bias, 
 
 // Adds sum over rows of g[o] h[i] to grad[o * n_in + i]. Begins with a barrier.
 template <class T>
-__device__ inline void add_products(const T* g, int n_out, const T* h, int n_in, T* grad) {
+__device__ inline void add_products(T* staged, const T* g, int n_out, const T* h, int n_in,
+                                    T* grad) {
   constexpr int ROWS = MlpTile<T>::rows, STRIDE = MlpTile<T>::stride, QUADS = ROWS / 4;
   constexpr int PER_THREAD = SQUARE * SQUARE / THREADS;
-  DF_SHARED(T, gs, SQUARE * STRIDE);
-  DF_SHARED(T, hs, SQUARE * STRIDE);
+  T *const gs = staged, *const hs = staged + SQUARE * STRIDE;
   const int i = threadIdx.x % SQUARE, o = threadIdx.x / SQUARE * PER_THREAD;
   for (int o0 = 0; o0 < n_out; o0 += SQUARE)
     for (int i0 = 0; i0 < n_in; i0 += SQUARE) {
@@ -127,6 +132,7 @@ template <class T>
 __global__ void __launch_bounds__(THREADS, 6) mlp_forward_kernel(MlpArgs<T> a) {
   constexpr int ROWS = MlpTile<T>::rows, STRIDE = MlpTile<T>::stride;
   const MlpShape& s = a.shape;
+  DF_SHARED(T, staged, STAGED<T>);
   DF_DYNAMIC_SHARED(T, values);  // two layers' values, the widest's size each
   const int64_t first = int64_t(blockIdx.x) * ROWS;
   const int64_t valid = valid_rows(a.count, a.n) - first;
@@ -141,7 +147,7 @@ __global__ void __launch_bounds__(THREADS, 6) mlp_forward_kernel(MlpArgs<T> a) {
     for (int l = 0; l < s.n_layers; w += mlp_layer_parameters(s, l++)) {
       const int n_in = s.width[l], n_out = s.width[l + 1];
       const bool active = l + 1 < s.n_layers;
-      multiply(w, n_in, 1, s.bias ? w + n_in * n_out : nullptr, n_out, n_in, x,
+      multiply(staged, w, n_in, 1, s.bias ? w + n_in * n_out : nullptr, n_out, n_in, x,
                [&](int o, int r, const T(&z)[4]) {
                  Quad<T> h;
 #pragma unroll
@@ -167,8 +173,8 @@ __device__ inline int columns(const MlpShape& s, int l) {
 
 // One tile: the hidden values again into the workspace, then back through the layers.
 template <class T>
-__device__ inline void tile_backward(const MlpArgs<T>& a, int64_t first, int64_t valid, T* h,
-                                     T* grad_params) {
+__device__ inline void tile_backward(const MlpArgs<T>& a, int64_t first, int64_t valid, T* staged,
+                                     T* h, T* grad_params) {
   constexpr int STRIDE = MlpTile<T>::stride;
   const MlpShape& s = a.shape;
   const int inputs = s.width[0], outputs = s.width[s.n_layers];
@@ -178,7 +184,7 @@ __device__ inline void tile_backward(const MlpArgs<T>& a, int64_t first, int64_t
   for (int l = 0; l + 1 < s.n_layers; w += mlp_layer_parameters(s, l++)) {
     const int n_in = s.width[l], n_out = s.width[l + 1];
     T *const next = h + columns(s, l) * STRIDE, *const slope = next + n_out * STRIDE;
-    multiply(w, n_in, 1, s.bias ? w + n_in * n_out : nullptr, n_out, n_in, h,
+    multiply(staged, w, n_in, 1, s.bias ? w + n_in * n_out : nullptr, n_out, n_in, h,
              [&](int o, int r, const T(&z)[4]) {
 #pragma unroll
                for (int i = 0; i < 4; ++i) {
@@ -202,12 +208,12 @@ __device__ inline void tile_backward(const MlpArgs<T>& a, int64_t first, int64_t
     __syncthreads();
     if (a.grad_params) {
       T* const grad = grad_params + (w - a.params);
-      add_products(g, n_out, h, n_in, grad);
+      add_products(staged, g, n_out, h, n_in, grad);
       if (s.bias) add_sums(g, n_out, grad + n_in * n_out);
     }
     if (l == 0 && !a.grad_x) return;
     const T *const slope = h + n_in * STRIDE, *const values = h;
-    multiply<T>(w, 1, n_in, nullptr, n_in, n_out, g, [&](int c, int r, const T(&z)[4]) {
+    multiply<T>(staged, w, 1, n_in, nullptr, n_in, n_out, g, [&](int c, int r, const T(&z)[4]) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int at = c * STRIDE + r + i;
@@ -225,21 +231,130 @@ __device__ inline void tile_backward(const MlpArgs<T>& a, int64_t first, int64_t
   write_rows(g, inputs, valid, a.n - first, a.grad_x + first * inputs);
 }
 
+// The same along the tangent: d, like h, holds the derivatives of h's values; where h has slopes, d
+// has what bends them. A thread meets the same (feature, rows) in every product of a layer, so the
+// second may read what the first has left.
 template <class T>
+__device__ inline void tile_second(const MlpArgs<T>& a, int64_t first, int64_t valid, T* staged,
+                                   T* h, T* grad_params) {
+  constexpr int STRIDE = MlpTile<T>::stride;
+  const MlpShape& s = a.shape;
+  const int last = s.n_layers - 1, inputs = s.width[0], outputs = s.width[last + 1];
+  const int64_t to_d = mlp_block_columns(s, false) * STRIDE;  // from a value to its derivative
+  const T* w = a.params;
+  read_rows(a.x + first * inputs, inputs, valid, h);
+  read_rows(a.tangent + first * inputs, inputs, valid, h + to_d);
+  int widest = max(inputs, outputs);
+  for (int l = 0; l < last; w += mlp_layer_parameters(s, l++)) {
+    const int n_in = s.width[l], n_out = s.width[l + 1];
+    T *const next = h + columns(s, l) * STRIDE, *const slope = next + n_out * STRIDE;
+    multiply(staged, w, n_in, 1, s.bias ? w + n_in * n_out : nullptr, n_out, n_in, h,
+             [&](int o, int r, const T(&z)[4]) {
+#pragma unroll
+               for (int i = 0; i < 4; ++i) next[o * STRIDE + r + i] = z[i];
+             });
+    multiply<T>(staged, w, n_in, 1, nullptr, n_out, n_in, h + to_d, [&](int o, int r, const T(&rz)[4]) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = o * STRIDE + r + i;
+        const T z = next[at];
+        if (s.silu) {
+          const T e = std::exp(-z), by_z = mlp_silu_slope(z, e);
+          slope[at] = by_z;
+          slope[to_d + at] = mlp_silu_bend(z, e) * rz[i];
+          next[at] = mlp_silu(z, e);
+          next[to_d + at] = by_z * rz[i];
+        } else {
+          next[at] = mlp_relu(z);
+          next[to_d + at] = mlp_relu_backward(next[at], rz[i]);
+        }
+      }
+    });
+    widest = max(widest, n_out);
+    h = next;
+  }
+  T *g = h + columns(s, last) * STRIDE, *spare = g + widest * STRIDE;
+  if (a.out) {
+    multiply<T>(staged, w, s.width[last], 1, nullptr, outputs, s.width[last], h + to_d,
+                [&](int o, int r, const T(&z)[4]) {
+#pragma unroll
+                  for (int i = 0; i < 4; ++i) g[o * STRIDE + r + i] = z[i];
+                });
+    __syncthreads();
+    write_rows(g, outputs, valid, a.n - first, a.out + first * outputs);
+    __syncthreads();
+  }
+  const bool bends = s.silu && last > 0 && a.grad_x;  // else grad_x is zero
+  if (!a.grad_params && !bends) return;
+  read_rows(a.grad_out + first * outputs, outputs, valid, g);
+  for (int l = last; l >= 0; --l) {
+    const int n_in = s.width[l], n_out = s.width[l + 1];
+    const bool bent = s.silu && l < last;  // the derivative of g is not zero
+    __syncthreads();
+    if (a.grad_params) {
+      T* const grad = grad_params + (w - a.params);
+      add_products(staged, g, n_out, h + to_d, n_in, grad);
+      if (bent) {
+        add_products(staged, g + to_d, n_out, h, n_in, grad);
+        if (s.bias) add_sums(g + to_d, n_out, grad + n_in * n_out);
+      }
+    }
+    if (l == 0 && !bends) return;
+    if (bent)
+      multiply<T>(staged, w, 1, n_in, nullptr, n_in, n_out, g + to_d, [&](int c, int r, const T(&z)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) spare[to_d + c * STRIDE + r + i] = z[i];
+      });
+    if (l > 0) {
+      const T *const slope = h + n_in * STRIDE, *const values = h;
+      multiply<T>(staged, w, 1, n_in, nullptr, n_in, n_out, g, [&](int c, int r, const T(&z)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int at = c * STRIDE + r + i;
+          if (s.silu) {
+            const T before = bent ? slope[at] * spare[to_d + at] : T(0);
+            spare[to_d + at] = slope[to_d + at] * z[i] + before;
+            spare[at] = slope[at] * z[i];
+          } else {
+            spare[at] = mlp_relu_backward(values[at], z[i]);
+          }
+        }
+      });
+    }
+    T* const done = g;
+    g = spare;
+    spare = done;
+    if (l == 0) break;
+    h -= columns(s, l - 1) * STRIDE;
+    w -= mlp_layer_parameters(s, l - 1);
+  }
+  __syncthreads();
+  write_rows(g + to_d, inputs, valid, a.n - first, a.grad_x + first * inputs);
+}
+
+template <bool SECOND, class T>
 __global__ void __launch_bounds__(THREADS, 3) mlp_backward_kernel(MlpArgs<T> a) {
   constexpr int ROWS = MlpTile<T>::rows;
+  DF_SHARED(T, staged, STAGED_BACKWARD<T>);
   const int64_t valid = valid_rows(a.count, a.n), inputs = a.shape.width[0];
   const bool params = a.grad_params;
   T* const memory = a.workspace + int64_t(blockIdx.x) *
-                                      mlp_chunk_workspace(a.shape, MlpTile<T>::stride, params);
-  T* const grad_params = memory + mlp_block_columns(a.shape) * MlpTile<T>::stride;
+                                      mlp_chunk_workspace(a.shape, MlpTile<T>::stride, params,
+                                                          SECOND);
+  T* const grad_params = memory + mlp_block_columns(a.shape, SECOND) * MlpTile<T>::stride;
+  const bool zero_x = SECOND && !(a.shape.silu && a.shape.n_layers > 1);
   if (params)
     for (int64_t i = threadIdx.x; i < mlp_parameters(a.shape); i += THREADS) grad_params[i] = T(0);
   for (int64_t first = int64_t(blockIdx.x) * ROWS; first < a.n; first += gridDim.x * ROWS) {
     __syncthreads();  // the tile before is read to its end
-    if (first < valid)
-      tile_backward(a, first, valid - first, memory, grad_params);
-    else if (a.grad_x)
+    if (first < valid) {
+      if constexpr (SECOND) tile_second(a, first, valid - first, staged, memory, grad_params);
+      else tile_backward(a, first, valid - first, staged, memory, grad_params);
+    } else if (SECOND && a.out) {
+      const int outputs = a.shape.width[a.shape.n_layers];
+      write_rows<T>(nullptr, outputs, 0, a.n - first, a.out + first * outputs);
+    }
+    if (a.grad_x && (zero_x || first >= valid))
       write_rows<T>(nullptr, int(inputs), 0, a.n - first, a.grad_x + first * inputs);
   }
 }
@@ -248,11 +363,12 @@ __global__ void __launch_bounds__(THREADS, 3) mlp_backward_kernel(MlpArgs<T> a) 
 // threads each. Sums in a fixed order.
 constexpr int SLICES = 8;
 template <class T>
-__global__ void __launch_bounds__(WARP * SLICES) mlp_sum_kernel(MlpArgs<T> a, int64_t blocks) {
+__global__ void __launch_bounds__(WARP * SLICES)
+    mlp_sum_kernel(MlpArgs<T> a, int64_t blocks, bool second) {
   DF_SHARED(T, partial, SLICES * WARP);
   const int64_t n = mlp_parameters(a.shape), i = int64_t(blockIdx.x) * WARP + lane_id();
-  const int64_t size = mlp_chunk_workspace(a.shape, MlpTile<T>::stride, true);
-  const T* const from = a.workspace + mlp_block_columns(a.shape) * MlpTile<T>::stride + i;
+  const int64_t size = mlp_chunk_workspace(a.shape, MlpTile<T>::stride, true, second);
+  const T* const from = a.workspace + mlp_block_columns(a.shape, second) * MlpTile<T>::stride + i;
   T total = 0;
   if (i < n)
     for (int64_t k = threadIdx.x / WARP; k < blocks; k += SLICES) total += from[k * size];
@@ -262,6 +378,15 @@ __global__ void __launch_bounds__(WARP * SLICES) mlp_sum_kernel(MlpArgs<T> a, in
 #pragma unroll
   for (int k = 1; k < SLICES; ++k) total += partial[k * WARP + threadIdx.x];
   a.grad_params[i] = total;
+}
+
+template <bool SECOND, class T> void backward(const MlpArgs<T>& a, Stream stream) {
+  const int64_t blocks = mlp_blocks<T>(a.shape, a.n);
+  launch("mlp_backward_kernel", mlp_backward_kernel<SECOND, T>, unsigned(blocks), THREADS, 0,
+         stream, a);
+  if (a.grad_params)
+    launch("mlp_sum_kernel", mlp_sum_kernel<T>, blocks_for(mlp_parameters(a.shape), WARP),
+           WARP * SLICES, 0, stream, a, blocks, SECOND);
 }
 
 }  // namespace
@@ -278,19 +403,17 @@ template <class T> void mlp_forward(const MlpArgs<T>& a, Stream stream) {
 }
 
 template <class T> void mlp_backward(const MlpArgs<T>& a, Stream stream) {
-  if constexpr (std::is_same_v<T, half>) {
-    mlp_half_backward(a, stream);
-  } else {
-    const int64_t blocks = mlp_blocks<T>(a.shape, a.n);
-    launch("mlp_backward_kernel", mlp_backward_kernel<T>, unsigned(blocks), THREADS, 0, stream, a);
-    if (a.grad_params)
-      launch("mlp_sum_kernel", mlp_sum_kernel<T>, blocks_for(mlp_parameters(a.shape), WARP),
-             WARP * SLICES, 0, stream, a, blocks);
-  }
+  if constexpr (std::is_same_v<T, half>) mlp_half_backward(a, stream);
+  else backward<false>(a, stream);
+}
+
+template <class T> void mlp_second(const MlpArgs<T>& a, Stream stream) {
+  backward<true>(a, stream);
 }
 
 DF_INSTANTIATE(mlp_forward, MlpArgs)
 DF_INSTANTIATE(mlp_backward, MlpArgs)
+DF_INSTANTIATE(mlp_second, MlpArgs)
 DF_INSTANTIATE_HALF(mlp_forward, MlpArgs)
 DF_INSTANTIATE_HALF(mlp_backward, MlpArgs)
 

@@ -3,6 +3,14 @@
 // act is relu, max(z, 0), or silu, z / (1 + exp(-z)). All parameters lie in one array: W_0
 // (out, in) row by row, b_0 (out) if there are biases, W_1, and so on.
 // Backward computes the hidden values again, block of rows by block of rows.
+//
+// Second: the derivative along a tangent v of the rows, d/de at x + e v, of what the others give:
+// of the outputs (out, or null: not wanted), of grad_x and of grad_params. These are also the
+// gradients of <v, grad_x> by grad_out, x and params: what backward's own backward asks for. With
+// R the derivative along v (Pearlmutter 1994), d_l the gradient of z_l:
+//   R h_0 = v,  R z_(l+1) = W_l R h_l,  R h_l = act'(z_l) R z_l,
+//   R d_l = act''(z_l) R z_l W_l^T d_(l+1) + act'(z_l) W_l^T R d_(l+1),  none at the last layer,
+//   R grad W_l = d_(l+1) R h_l^T + R d_(l+1) h_l^T.  relu: act'' = 0, so R d = 0 and R grad_x = 0.
 // Half (CUDA): sums, the gradient of params and the workspace are float (Wide).
 #pragma once
 
@@ -22,9 +30,10 @@ struct MlpShape {
 template <class T> struct MlpArgs {
   const T* x;            // (n, inputs)
   const T* params;       // (mlp_parameters,)
-  const T* grad_out;     // (n, outputs) gradient of out; backward only, as the next three
+  const T* grad_out;     // (n, outputs) gradient of out; not in forward
+  const T* tangent;      // (n, inputs) gradient of backward's grad_x; second only
   T* out;                // (n, outputs)
-  T* grad_x;             // (n, inputs) gradient of x, or null: not wanted
+  T* grad_x;             // (n, inputs) gradient of x, or null: not wanted; not in forward
   Wide<T>* grad_params;  // (mlp_parameters,) gradient of params, or null: not wanted
   Wide<T>* workspace;    // (mlp_workspace,) anything
   const int32_t* count;  // (1,) number of valid rows, or null: all
@@ -52,6 +61,10 @@ template <class T> DF_HD T mlp_silu_slope(T z, T e) {
   const T s = T(1) / (T(1) + e);
   return s + z * s * (T(1) - s);
 }
+template <class T> DF_HD T mlp_silu_bend(T z, T e) {
+  const T s = T(1) / (T(1) + e);
+  return s * (T(1) - s) * (T(2) + z * (T(1) - T(2) * s));
+}
 
 // The CPU's blocks and chunks of rows: a chunk has its own workspace and partial gradient, and
 // there are at most 64, whatever the number of rows and threads.
@@ -60,17 +73,17 @@ DF_HD int64_t mlp_chunk_rows(int64_t n) { return max<int64_t>(1024, (n + 8191) /
 DF_HD int64_t mlp_chunks(int64_t n) { return (n + mlp_chunk_rows(n) - 1) / mlp_chunk_rows(n); }
 
 // Columns of a block's values in a chunk's workspace: every layer's inputs, hidden layers' slopes
-// (silu), and two gradients.
-DF_HD int64_t mlp_block_columns(const MlpShape& s) {
+// (silu), and two gradients. Second: and each of these' derivative along the tangent.
+DF_HD int64_t mlp_block_columns(const MlpShape& s, bool second) {
   int64_t total = s.width[0], widest = s.width[0];
   for (int l = 1; l <= s.n_layers; ++l) {
     if (l < s.n_layers) total += s.width[l] * (s.silu ? 2 : 1);
     widest = max<int64_t>(widest, s.width[l]);
   }
-  return total + 2 * widest;
+  return (total + 2 * widest) * (second ? 2 : 1);
 }
-DF_HD int64_t mlp_chunk_workspace(const MlpShape& s, int64_t rows, bool params) {
-  return mlp_block_columns(s) * rows + (params ? (mlp_parameters(s) + 15) / 16 * 16 : 0);
+DF_HD int64_t mlp_chunk_workspace(const MlpShape& s, int64_t rows, bool params, bool second) {
+  return mlp_block_columns(s, second) * rows + (params ? (mlp_parameters(s) + 15) / 16 * 16 : 0);
 }
 
 #if defined(DF_IS_CUDA)
@@ -126,13 +139,14 @@ DF_HD bool mlp_half_fits(const MlpShape& s) {
 }
 #endif
 
-// Numbers of Wide<T> in mlp_backward's workspace.
-template <class T> DF_HD int64_t mlp_workspace(const MlpShape& s, int64_t n, bool params) {
+// Numbers of Wide<T> in the workspace of mlp_backward or mlp_second.
+template <class T>
+DF_HD int64_t mlp_workspace(const MlpShape& s, int64_t n, bool params, bool second) {
 #if defined(DF_IS_CUDA)
   if constexpr (std::is_same_v<T, half>) return 0;
-  else return mlp_blocks<T>(s, n) * mlp_chunk_workspace(s, MlpTile<T>::stride, params);
+  else return mlp_blocks<T>(s, n) * mlp_chunk_workspace(s, MlpTile<T>::stride, params, second);
 #else
-  return mlp_chunks(n) * mlp_chunk_workspace(s, MlpBlock<T>::rows, params);
+  return mlp_chunks(n) * mlp_chunk_workspace(s, MlpBlock<T>::rows, params, second);
 #endif
 }
 
@@ -141,3 +155,4 @@ template <class T> DF_HD int64_t mlp_workspace(const MlpShape& s, int64_t n, boo
 
 DF_DECLARE(mlp_forward, MlpArgs)
 DF_DECLARE(mlp_backward, MlpArgs)
+DF_DECLARE(mlp_second, MlpArgs)

@@ -82,6 +82,14 @@ def orbit(azimuths: list[float], elevation: float, distance: float, focal: float
     return Cameras(c2w, torch.full((n,), focal), elevations, azimuth)
 
 
+def turned(cameras: Cameras, degrees: float) -> Cameras:
+    """The same cameras, moved around the z axis."""
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    turn = cameras.c2w.new_tensor([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
+    azimuth = cameras.azimuth + math.radians(degrees)
+    return Cameras(turn @ cameras.c2w, cameras.focal, cameras.elevation, azimuth)
+
+
 def look_at(position: Tensor, target: Tensor, up: Tensor) -> Tensor:
     """(B, 3, 4) camera-to-world matrices. When `up` is along the view, any right angle is taken."""
     back = F.normalize(position - target, dim=-1)

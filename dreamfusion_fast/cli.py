@@ -53,8 +53,8 @@ def generate(
     guidance: Annotated[
         str | None,
         typer.Option(
-            help="toybox (embedded), exemplar, sd15, sd21, sdxl, if, or a diffusers pipeline's "
-            "folder or hub name"
+            help="toybox (embedded), exemplar, clip, sd15, sd21, sdxl, if, or a diffusers "
+            "pipeline's folder or hub name"
         ),
     ] = None,
     image_size: Annotated[
@@ -66,6 +66,9 @@ def generate(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="of the guidance: fp32, fp16, bf16")] = None,
     low_memory: Annotated[bool, typer.Option("--low-memory", help="for small GPUs")] = False,
+    init: Annotated[
+        Path | None, typer.Option(help="folder of a run whose scene is the start")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="any setting, e.g. --set guidance.perp_neg=2; see config.py"),
@@ -89,6 +92,9 @@ def generate(
     }
     changes = {k: v for k, v in changes.items() if v is not None} | parse_settings(set_ or [])
     config = _config(out, resume, given)
+    if init is not None:
+        changes = {"init": str(init)} | changes
+        config.field, config.render = _scene_of(init)
     if changes and folder_state(out) == "run":
         raise ValueError(
             f"argument `--resume`: expected the run's own settings, got {', '.join(changes)}"
@@ -157,6 +163,15 @@ def _config(out: Path, resume: bool, given: dict):
             )
     config.steps = given["steps"] if given["steps"] is not None else config.steps
     return config
+
+
+def _scene_of(folder: Path) -> tuple:
+    """The settings of field and renderer of the run in a folder."""
+    from .checkpoint import load
+    from .config import RunConfig
+
+    config = RunConfig.from_dict(load(folder / "checkpoint.safetensors")[1])
+    return config.field, config.render
 
 
 def parse_settings(texts: list[str]) -> dict:

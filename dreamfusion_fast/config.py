@@ -8,6 +8,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+# A weight's course: at step 0, at the end, and the share of the run (0 to 1] at which the end is
+# reached, linearly. A single number given to RunConfig.change is a constant weight.
+Schedule = tuple[float, float, float]
+
 
 @dataclass
 class CameraConfig:
@@ -31,18 +35,32 @@ def toybox_camera() -> CameraConfig:
 
 @dataclass
 class FieldConfig:
+    name: str = "hash"  # hash: grid and small MLP | paper: encoded positions and residual blocks
     radius: float = 0.75  # bounding sphere, scene units; 1.4 (paper): here all cameras stay outside
+    # Of "hash":
     n_levels: int = 8
     base_resolution: int = 8
     finest_resolution: int = 128
     log2_table_size: int = 16
     features: int = 2
     interpolation: str = "smoothstep"
+    coarse_levels: int = 32  # that are there from the start; fewer than n_levels: progressive
+    levels_until: float = 0.5  # share of the run at which the last one is there
     hidden: int = 32
     hidden_layers: int = 1
     activation: str = "relu"
-    blob_density: float = 5.0  # added to the density's logarithm (paper: lambda_tau)
-    blob_std: float = 0.2  # scene units (paper: sigma_tau)
+    # Of "paper":
+    n_frequencies: int = 8  # of the positions' encoding, 2^0 to 2^7 (paper)
+    width: int = 128  # of the residual blocks (paper)
+    blocks: int = 5  # (paper)
+    spread: tuple[float, float] = (5e-2, 2e-3)  # of a sample, scene units (paper: lambda_Sigma)
+    spread_share: float = 1 / 3  # of the run, in which it falls linearly (paper: 5k of 15k steps)
+    # Of both:
+    blob: str = "gaussian"  # gaussian (paper) | magic3d: a cone (Lin et al. 2023)
+    blob_density: float = 5.0  # gaussian: added to the density's logarithm (paper: lambda_tau)
+    blob_std: float = 0.2  # gaussian: scene units (paper: sigma_tau)
+    cone_density: float = 10.0  # magic3d: the same at the centre
+    cone_radius: float = 0.5  # magic3d: where it falls through 0, scene units
     channels: int = 3  # of colour; others hold latents of a guidance, see RenderConfig.latent
     half: bool = False  # float16 tables and MLP beside float32 masters; GPUs only
     density_bias: float = -2.0  # likewise: an untrained scene is a blob in thin fog
@@ -53,8 +71,11 @@ class RenderConfig:
     image_size: int = 64  # pixels (paper)
     step: float = 0.025  # length of a bin along a ray, scene units
     early_stop: float = 1e-3  # transmittance below which a ray ends
+    normals: str = "analytic"  # analytic (paper) | finite: from differences of log density
+    epsilon: float = 0.005  # half the width of those differences, scene units
     latent: bool = False  # render the guidance's latents, not colours: no VAE in the loop
-    background: str = "random"  # random | grey | environment (paper)
+    background: str = "random"  # random | solid | learned (one colour) | environment (paper)
+    backdrop: tuple[float, float, float] = (0.5, 0.5, 0.5)  # colour of "solid", and of exports
     environment_frequencies: int = 3  # of the direction's encoding, for "environment"
     occupancy_resolution: int = 48
     occupancy_every: int = 16  # steps
@@ -64,15 +85,16 @@ class RenderConfig:
 
 @dataclass
 class GuidanceConfig:
-    name: str = "toybox"  # toybox | exemplar | a folder or hub name of a diffusers pipeline
+    name: str = "toybox"  # toybox | exemplar | clip | a folder or hub name of a diffusers pipeline
     dtype: str = "auto"  # fp32 | fp16 | bf16 | auto: fp16 on CUDA
     size: int | None = None  # side of what a latent model sees, pixels; None: its own
     compile: bool = False  # the U-Net, by torch.compile
     low_memory: bool = False  # slower, for small GPUs
+    model: str | None = None  # folder or hub name of the CLIP of "clip"; None: the toybox's scorer
     tiny_vae: str | None = None  # folder or hub name of an AutoencoderTiny, e.g. madebyollin/taesd
     scale: float = 10.0  # omega of (1 + omega) eps_cond - omega eps_uncond; 100 (paper)
     negative: str = ""  # text in the place of the empty one
-    view_text: str = "nearest"  # front, side, back: the nearest's text (paper) | interpolate
+    view_text: str = "nearest"  # front, side, back: the nearest's (paper) | interpolate | none
     perp_neg: float = 0.0  # how strongly the neighbouring sides' texts are avoided; 0: not
     t_range: tuple[float, float] = (0.02, 0.98)  # share of the schedule (paper)
     t_high_end: float = 0.98  # upper end at the last step: t_range's falls to it, never rises
@@ -84,18 +106,35 @@ class GuidanceConfig:
 
 
 @dataclass
+class ShadingConfig:
+    ambient_until: float = 1 / 15  # share of the run without light, only ambient (paper)
+    lit: float = 0.75  # share of views that are lit from then on (paper)
+    textureless: float = 0.5  # share of lit views whose albedo is white (paper)
+    ambient: float = 0.1  # l_a of lit views (paper)
+    diffuse: float = 0.9  # l_rho of lit views (paper)
+    white: float = 1.0  # albedo of textureless views (paper)
+    light_distance: tuple[float, float] = (0.8, 1.5)  # from the origin, scene units (paper)
+
+
+@dataclass
 class LossConfig:
-    opacity: float = 1e-3  # sqrt(opacity^2 + 0.01), 1e-3 to 5e-3 (paper)
-    opacity_end: float | None = None  # at the last step, reached linearly; None: the same
+    opacity: Schedule = (1e-3, 1e-3, 1.0)  # 1e-3 to 5e-3 (paper)
+    orientation: Schedule = (1e-4, 1e-2, 1 / 3)  # (paper)
+    entropy: Schedule = (0.0, 0.0, 1.0)
+    distortion: Schedule = (0.0, 0.0, 1.0)
+    normal_smoothness: Schedule = (0.0, 0.0, 1.0)
+    transmittance: Schedule = (0.0, 0.0, 1.0)  # 0.5 (Dream Fields)
+    transmittance_target: Schedule = (0.4, 0.88, 0.05)  # share of a picture (Dream Fields)
 
 
 @dataclass
 class OptimizerConfig:
+    name: str = "adam"  # adam | adan | shampoo (paper: its distributed form)
     table_rate: float = 1e-2
-    mlp_rate: float = 2e-3
-    warmup: int = 50  # steps
-    final_share: float = 0.1  # of the rate, at the end of the cosine
-    betas: tuple[float, float] = (0.9, 0.99)
+    mlp_rate: float = 2e-3  # at the end of the warm-up; 1e-4 (paper)
+    warmup: int = 50  # steps; 3,000 of 15,000 (paper)
+    final_share: float = 0.1  # of the rate, at the end of the cosine; 0.01 (paper)
+    betas: tuple[float, ...] = ()  # empty: what suits the name, see optimizers.BETAS
     eps: float = 1e-15
 
 
@@ -106,12 +145,14 @@ class RunConfig:
     views: int = 4  # pictures at a time (paper)
     accumulate: int = 1  # times that many a step
     seed: int = 0
+    init: str = ""  # folder of a run whose scene is the start
     checkpoint_every: int = 100  # steps
     preview_every: int = 50  # steps
     camera: CameraConfig = dataclasses.field(default_factory=CameraConfig)
     field: FieldConfig = dataclasses.field(default_factory=FieldConfig)
     render: RenderConfig = dataclasses.field(default_factory=RenderConfig)
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
+    shading: ShadingConfig = dataclasses.field(default_factory=ShadingConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
@@ -128,17 +169,11 @@ class RunConfig:
         ):
             raise ValueError(f"config: expected a setting's name, e.g. guidance.scale, got {name}")
         old = getattr(stage, last)
-        if isinstance(old, tuple) and isinstance(value, list) and len(value) == len(old):
-            value = tuple(value)
-        kind = type(old)
-        if old is None:  # what else it may be stands in its annotation, "int | None"
-            annotations = {f.name: f.type for f in dataclasses.fields(stage)}
-            kind = {"int": int, "float": float, "str": str}[annotations[last].split(" ")[0]]
-        number = (int, float) if kind is float else kind
-        fits = isinstance(value, number) and isinstance(value, bool) == (kind is bool)
-        if not fits or dataclasses.is_dataclass(old):
+        annotation = {f.name: f.type for f in dataclasses.fields(stage)}[last]
+        fitted = _fitted(value, old, annotation)
+        if fitted is None or dataclasses.is_dataclass(old):
             raise ValueError(f"config `{name}`: expected a value like {old!r}, got {value!r}")
-        setattr(stage, last, float(value) if isinstance(old, float) else value)
+        setattr(stage, last, fitted)
 
     @classmethod
     def from_dict(cls, values: dict) -> RunConfig:
@@ -148,12 +183,33 @@ class RunConfig:
             "field": FieldConfig,
             "render": RenderConfig,
             "guidance": GuidanceConfig,
+            "shading": ShadingConfig,
             "loss": LossConfig,
             "optimizer": OptimizerConfig,
         }
         known = {name: _known(kind, values.get(name, {}), name) for name, kind in stages.items()}
         rest = {k: v for k, v in values.items() if k not in stages}
         return _known(cls, {**rest, **known}, "run")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _fitted(value, old, annotation: str):
+    """The value as a setting keeps it that is `old` now; None if it is of another kind."""
+    if annotation == "Schedule" and _is_number(value):
+        value = [value, value, 1.0]
+    if isinstance(old, tuple):
+        numbers = isinstance(value, (list, tuple)) and all(map(_is_number, value))
+        fits = numbers and ("..." in annotation or len(value) == len(old))
+        return tuple(map(float, value)) if fits else None
+    kind = type(old)
+    if old is None:  # what else it may be stands in its annotation, "int | None"
+        kind = {"int": int, "float": float, "str": str}[annotation.split(" ")[0]]
+    if kind is float:
+        return float(value) if _is_number(value) else None
+    return value if isinstance(value, kind) and isinstance(value, bool) == (kind is bool) else None
 
 
 def _known(kind, values: dict, name: str):
@@ -179,12 +235,19 @@ def _for_large_model(config: RunConfig, keep_steps: bool) -> None:
 def preset(guidance: str, **settings) -> RunConfig:
     """The defaults that suit a guidance, with `settings` of RunConfig on top."""
     config = RunConfig(guidance=GuidanceConfig(name=guidance), **settings)
-    if guidance not in ("toybox", "exemplar"):
+    if guidance not in ("toybox", "exemplar", "clip"):
         _for_large_model(config, "steps" in settings)
     if guidance == "toybox":
         config.camera = toybox_camera()
         # Guidance makes parts fatter than they are; the paper's weight hardly holds against it.
-        config.loss.opacity, config.loss.opacity_end = 0.15, 0.01
+        config.loss.opacity = (0.15, 0.01, 1.0)
+        config.shading.white = 0.62  # of world.CLAY: what its training showed as textureless
+        config.steps = settings.get("steps", 300)
+    if guidance == "clip":  # Dream Fields knows neither light nor words for views
+        config.camera = toybox_camera()
+        config.guidance.scale, config.guidance.view_text = 0.0, "none"
+        config.shading.lit = 0.0
+        config.loss.opacity, config.loss.transmittance = (0.0, 0.0, 1.0), (0.5, 0.5, 1.0)
         config.steps = settings.get("steps", 300)
     if guidance == "exemplar":  # exact scores: nothing to amplify
         config.guidance.scale = 0.0

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 from . import checkpoint, export, metrics
+from .checks import check
 from .config import RunConfig, preset
 from .results import Result
 from .toybox import shapes, world
 from .toybox.scorer import FOLDER as SCORER
 from .toybox.scorer import Scorer
-from .train import Trainer, check, folder_state, load_guidance
+from .train import Trainer, folder_state, load_guidance
 
 GUIDANCES = ("toybox", "exemplar", "clip")
 WIDE = {"guidance.view_text": "none", "shading.lit": 0.0}
@@ -119,9 +120,7 @@ def plan(
 
 def _config(guide: str, prompt: str, seed: int, steps: int | None, settings: dict) -> RunConfig:
     given = {"prompt": prompt, "seed": seed} | ({} if steps is None else {"steps": steps})
-    # Dream Fields is compared on the toybox's own cameras and field.
-    config = preset("toybox" if guide == "clip" else guide, **given)
-    config.guidance.name = guide
+    config = preset(settings.get("guidance.name", guide), **given)
     for name, value in settings.items():
         config.change(name, value)
     return config

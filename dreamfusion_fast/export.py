@@ -20,6 +20,7 @@ from skimage.filters import threshold_otsu
 from skimage.measure import marching_cubes
 from torch import Tensor, nn
 
+from . import shading
 from .camera import Cameras, orbit
 from .checkpoint import write_atomically
 
@@ -151,35 +152,56 @@ def write_glb(result: trimesh.Trimesh, path: Path) -> None:
     write_atomically(path, lambda partial: partial.write_bytes(data))
 
 
+MODES = ("albedo", "lit", "textureless", "normal", "depth")
+
+
 @torch.no_grad()
 def render_views(
-    renderer, cameras: Cameras, size: int | None = None, background: Tensor | None = None
+    renderer,
+    cameras: Cameras,
+    size: int | None = None,
+    background: Tensor | None = None,
+    mode: str = "albedo",
+    white: float = 1.0,
 ) -> Tensor:
     """Pictures (B, 3, S, S) in [0, 1] of B cameras, on the CPU, one at a time and without jitter.
 
     renderer: called as render.Renderer is. Its sample buffers grow when a picture needs more, and
     have their old capacity again afterwards. background: (3,); by default the renderer's own.
+    mode: one of MODES; lit and textureless (albedo `white`) by shading.fixed's light; normal is
+    (1 + n) / 2 in world axes; depth is 1 in front of the bounding sphere, 0 behind it and beside
+    the object. Raises ValueError for another mode.
     """
+    if mode not in MODES:
+        raise ValueError(f"argument `mode`: expected one of {', '.join(MODES)}, got {mode!r}")
     cameras, capacity = cameras.to(_device(renderer)), renderer.capacity
     images = []
     try:
         for i in range(len(cameras.focal)):
-            rows = slice(i, i + 1)
-            one = Cameras(
-                cameras.c2w[rows],
-                cameras.focal[rows],
-                cameras.elevation[rows],
-                cameras.azimuth[rows],
-            )
+            one = Cameras(*(x[i : i + 1] for x in vars(cameras).values()))
             options = dict(background=background, size=size, jitter=False)
+            if mode in ("lit", "textureless", "normal"):
+                lit = "lit" if mode == "normal" else mode
+                options["shading"] = shading.fixed(one, lit, white)
             rendering = renderer(one, 0, **options)
-            if int(rendering.count) > rendering.capacity:
-                renderer.fit_capacity(int(rendering.count))
+            if int(rendering.samples.count) > rendering.capacity:
+                renderer.fit_capacity(int(rendering.samples.count))
                 rendering = renderer(one, 0, **options)
-            images.append(rendering.image.float().clamp(0, 1).cpu())
+            images.append(_picture(rendering, mode, one, renderer).float().clamp(0, 1).cpu())
     finally:
         renderer.capacity = capacity
     return torch.cat(images)
+
+
+def _picture(rendering, mode: str, camera: Cameras, renderer) -> Tensor:
+    if mode == "normal":
+        return 0.5 + 0.5 * rendering.normal
+    if mode == "depth":
+        radius = renderer.field.config.radius
+        front = camera.c2w[0, :, 3].norm() - radius
+        within = (rendering.depth - front * rendering.opacity) / (2.0 * radius)
+        return (rendering.opacity - within)[:, None].expand(-1, 3, -1, -1)
+    return rendering.image
 
 
 def preview(renderer, path: Path) -> None:
@@ -189,11 +211,16 @@ def preview(renderer, path: Path) -> None:
 
 
 def contact_sheet(renderer, path: Path, size: int = 128) -> None:
-    """PNG of 8 azimuths (columns) at 15 and 45 degrees of elevation (rows)."""
+    """PNG of 8 azimuths (columns) at 15 and 45 degrees of elevation (rows); then, at 15 degrees,
+    lit, textureless and normals."""
     azimuths = [45.0 * i for i in range(8)]
     rows = [
         render_views(renderer, orbit(azimuths, elevation, DISTANCE, FOCAL), size)
         for elevation in (15.0, 45.0)
+    ]
+    rows += [
+        render_views(renderer, orbit(azimuths, 15.0, DISTANCE, FOCAL), size, mode=mode)
+        for mode in ("lit", "textureless", "normal")
     ]
     write_png(tiled(torch.cat(rows), 8), path)
 

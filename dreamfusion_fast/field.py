@@ -9,17 +9,58 @@ import torch
 from torch import Tensor, nn
 
 from .config import FieldConfig
-from .ops import frequency_encode, has_half, hash_encode, hash_table_rows, mlp, mlp_parameters
+from .ops import (
+    frequency_encode,
+    has_half,
+    hash_encode,
+    hash_encode_gradient,
+    hash_table_rows,
+    mlp,
+    mlp_gradient,
+    mlp_parameters,
+)
 
 LOG_DENSITY_MAX = 8.0  # exp of more would only make gradients explode: a bin is opaque long before
+
+
+def make_field(config: FieldConfig, generator: torch.Generator) -> nn.Module:
+    """The Field or PaperField that config.name means. Raises ValueError for an unknown name."""
+    from .field_paper import PaperField  # which builds on this file
+
+    kinds = {"hash": Field, "paper": PaperField}
+    if config.name not in kinds:
+        raise ValueError(f"config `field.name`: expected {' or '.join(kinds)}, got {config.name!r}")
+    return kinds[config.name](config, generator)
+
+
+def blob(positions: Tensor, config: FieldConfig) -> Tensor:
+    """What is added to the logarithm of density, so that a scene begins in the middle.
+
+    positions (N, 3), scene units; returns (N,). "gaussian" (A.2): lambda_tau exp(-|mu|² /
+    (2 sigma_tau²)); "magic3d" (Lin et al. 2023, section 3): lambda (1 - |mu| / c), whose gradient
+    is zero at the centre. Raises ValueError for an unknown config.blob."""
+    square = positions.square().sum(-1)
+    if config.blob == "gaussian":
+        return config.blob_density * torch.exp(square / (-2.0 * config.blob_std**2))
+    if config.blob == "magic3d":
+        distance = square.clamp(min=1e-12).sqrt()  # at 0 the root has no derivative
+        return config.cone_density * (1.0 - distance / config.cone_radius)
+    raise ValueError(f"config `blob`: expected gaussian or magic3d, got {config.blob!r}")
+
+
+def blob_gradient(positions: Tensor, config: FieldConfig) -> Tensor:
+    """Of `blob` by position, (N, 3); a constant of the scene, not to be differentiated."""
+    with torch.enable_grad():
+        x = positions.detach().requires_grad_()
+        return torch.autograd.grad(blob(x, config).sum(), x)[0]
 
 
 class Field(nn.Module):
     """Density and albedo of points inside the bounding sphere.
 
-    The logarithm of density is the MLP's first output plus the paper's blob (A.2):
-    lambda_tau exp(-|mu|² / (2 sigma_tau²)); albedo is the sigmoid of the other three. Other
-    numbers of channels are latents (Metzer et al. 2023), of which an affine map makes colours.
+    The logarithm of density is the MLP's first output plus a blob (A.2) and a constant; albedo is
+    the sigmoid of the other three. Other numbers of channels are latents (Metzer et al. 2023), of
+    which an affine map makes colours.
     """
 
     def __init__(self, config: FieldConfig, generator: torch.Generator):
@@ -47,6 +88,20 @@ class Field(nn.Module):
         if config.channels != 3:
             self.register_buffer("to_rgb", torch.zeros(3, config.channels))
             self.register_buffer("rgb_bias", torch.zeros(3))
+        progressive = config.coarse_levels < config.n_levels
+        share = torch.ones(config.n_levels * config.features) if progressive else None
+        self.register_buffer("level_share", share)
+        self.set_progress(torch.zeros(1))
+
+    def set_progress(self, share: Tensor) -> None:
+        """How far the run is, (1,) from 0 to 1, on the field's device: levels come in one after
+        another, the finest at config.levels_until (Li et al. 2023, Neuralangelo)."""
+        c = self.config
+        if self.level_share is not None:
+            there = c.coarse_levels + (c.n_levels - c.coarse_levels) * share / c.levels_until
+            level = torch.arange(c.n_levels, device=self.level_share.device)
+            shares = (there - level).clamp(0.0, 1.0)
+            self.level_share.copy_(shares.repeat_interleave(c.features))
 
     def half_copies(self) -> dict[nn.Parameter, Tensor]:
         """Master -> float16 copy, for the optimizer to keep equal; none without config.half."""
@@ -60,12 +115,19 @@ class Field(nn.Module):
             copy.copy_(master.detach())
 
     def forward(
-        self, positions: Tensor, count: Tensor | None = None, latent: bool = False
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        positions: Tensor,
+        count: Tensor | None = None,
+        latent: bool = False,
+        normals: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """positions (N, 3), scene units; count (1,) int32, number of valid rows.
         Returns sigma (N,) in 1 / scene unit and albedo (N, 3) in [0, 1]; or latents
-        (N, channels), if the field has them and they are asked for. With config.half the grid and
-        the MLP work in float16 where the device's kernels can, else in float32."""
+        (N, channels), if the field has them and they are asked for. With `normals` also the
+        gradient of log density by position (N, 3), 1 / scene unit, else None: normals are its
+        opposite direction, and it is differentiable with respect to all parameters. With
+        config.half the grid and the MLP work in float16 where the device's kernels can, else in
+        float32; the gradient is always computed in float32, from the masters."""
         x = positions / (2.0 * self.config.radius) + 0.5
         half = self.config.half and has_half(positions)
         first, second = ({}, {})
@@ -73,17 +135,32 @@ class Field(nn.Module):
             first, second = {"table_half": self.table_half}, {"params_half": self.weights_half}
         way, activation = self.config.interpolation, self.config.activation
         features = hash_encode(x, self.table, **self.grid, interpolation=way, count=count, **first)
+        if self.level_share is not None:
+            features = features * self.level_share.to(features.dtype)
         out = mlp(features, self.weights, self.widths, activation, count=count, **second).float()
-        blob = self.config.blob_density * torch.exp(
-            positions.square().sum(-1) / (-2.0 * self.config.blob_std**2)
-        )
-        log_density = out[:, 0] + (blob + self.config.density_bias)
+        log_density = out[:, 0] + (blob(positions, self.config) + self.config.density_bias)
         sigma, values = log_density.clamp(max=LOG_DENSITY_MAX).exp(), out[:, 1:]
+        gradient = self._gradient(positions, x, features.float(), count) if normals else None
         if self.config.channels == 3:
-            return sigma, torch.sigmoid(values)
+            return sigma, torch.sigmoid(values), gradient
         if latent:
-            return sigma, values.contiguous()
-        return sigma, (values @ self.to_rgb.T + self.rgb_bias).clamp(0.0, 1.0)
+            return sigma, values.contiguous(), gradient
+        return sigma, (values @ self.to_rgb.T + self.rgb_bias).clamp(0.0, 1.0), gradient
+
+    def _gradient(self, positions, x, features, count) -> Tensor:
+        """Of the logarithm of density: backwards through MLP and grid, and the blob's own."""
+        of_out = torch.zeros(len(x), self.widths[-1], device=x.device)
+        of_out[:, 0].fill_(1.0)
+        of_features = mlp_gradient(
+            of_out, features, self.weights, self.widths, self.config.activation, count=count
+        )
+        if self.level_share is not None:
+            of_features = of_features * self.level_share
+        of_x = hash_encode_gradient(
+            of_features, x, self.table, **self.grid, interpolation=self.config.interpolation,
+            count=count,
+        )  # fmt: skip
+        return of_x / (2.0 * self.config.radius) + blob_gradient(positions, self.config)
 
 
 def _he_uniform(widths: list[int], generator: torch.Generator) -> Tensor:

@@ -16,7 +16,7 @@ from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 from torch import Tensor
 
-from . import camera, export
+from . import camera, export, shading
 from .camera import Cameras
 from .toybox import renderer as true_renderer
 from .toybox import shapes, world
@@ -29,7 +29,6 @@ TURN, TURN_ELEVATION, TURN_SIZE = 24, 15.0, 64  # azimuths once around, degrees,
 FRONT, ASTRAY = 45.0, 60.0  # degrees: what counts as the front; further off is a wrong view
 ALIKE = 1e-3  # mean squared difference in [0, 1] below which two pictures look the same
 GREY = torch.full((3,), 0.5)  # background of compared pictures
-_RAISED, _AMBIENT = 0.3, 0.3  # of textureless pictures' light, as export.render_views sets it
 
 
 def volume_iou(field, radius: float, name: str) -> float:
@@ -109,8 +108,8 @@ def true_views(
     g = true_renderer.trace(name, rays_o, rays_d)
     points = rays_o + g.depth.float()[..., None] * rays_d
     light = cameras.c2w[:, :, 3].clone()
-    light[:, 2] += _RAISED * light.norm(dim=-1)
-    palette, ambient = torch.ones(256, 3), _AMBIENT
+    light[:, 2] += shading.RAISED * light.norm(dim=-1)
+    palette, ambient = torch.ones(256, 3), shading.FIXED_AMBIENT
     if colour is not None:
         palette, ambient = true_renderer.palette(name, world.COLOURS[colour]), 1.0
     palettes, ambients = palette.expand(n, -1, -1), torch.full((n,), ambient)

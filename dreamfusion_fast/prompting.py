@@ -14,6 +14,7 @@ from torch import Tensor
 from .camera import VIEWS, Cameras
 from .config import GuidanceConfig
 
+VIEW_TEXTS = ("nearest", "interpolate", "none")
 NEGATIVES = 2  # of a view: of front, side and back the two that its azimuth lies between
 
 
@@ -24,29 +25,48 @@ class Prompts:
         guidance: embeds texts.
         prompt: the object.
         config: scale, negative, view_text and perp_neg are used.
+        textureless: the text in the prompt's place for textureless views; None: the prompt's own,
+            as in the paper.
     Raises:
         ValueError: an unknown view_text, a negative text or perp_neg without a guidance scale, or a
             text that the guidance refuses.
     """
 
-    def __init__(self, guidance, prompt: str, config: GuidanceConfig):
-        if config.view_text not in ("nearest", "interpolate"):
+    def __init__(
+        self, guidance, prompt: str, config: GuidanceConfig, textureless: str | None = None
+    ):
+        if config.view_text not in VIEW_TEXTS:
             raise ValueError(
-                f"config `view_text`: expected nearest or interpolate, got {config.view_text!r}"
+                f"config `view_text`: expected {', '.join(VIEW_TEXTS)}, got {config.view_text!r}"
             )
+        if config.view_text == "none" and config.perp_neg:
+            raise ValueError("config `perp_neg`: expected 0 beside view_text none")
         if not config.scale and (config.negative or config.perp_neg):
             raise ValueError(
                 "config `scale`: expected more than 0 beside a negative text or perp_neg, got 0"
             )
         self.config = config
-        self.views = guidance.embed([f"{prompt}, {view} view" for view in VIEWS])
+        self.views = guidance.embed(self._texts(prompt))
+        self.textureless = None if textureless is None else guidance.embed(self._texts(textureless))
         self.unconditional = guidance.embed([config.negative]) if config.scale else None
 
-    def __call__(self, cameras: Cameras) -> tuple[Tensor, Tensor | None]:
+    def _texts(self, prompt: str) -> list[str]:
+        if self.config.view_text == "none":
+            return [prompt] * len(VIEWS)
+        return [f"{prompt}, {view} view" for view in VIEWS]
+
+    def __call__(
+        self, cameras: Cameras, textureless: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The embeddings of B cameras, (K * B, ...): the views'; with a guidance scale the
-        unconditional ones; with perp_neg the negatives. And (B, K - 2) weights of the negatives."""
+        unconditional ones; with perp_neg the negatives. And (B, K - 2) weights of the negatives.
+        textureless: (B,) bool, which views are."""
         share = self._share(cameras)
-        parts = [self._mix(share)]
+        parts = [self._mix(share, self.views)]
+        if self.textureless is not None and textureless is not None:
+            other = self._mix(share, self.textureless)
+            mask = textureless.to(other.device, non_blocking=True)
+            parts = [torch.where(mask.view(-1, *[1] * (other.ndim - 1)), other, parts[0])]
         if self.unconditional is None:
             return parts[0], None
         parts.append(self.unconditional.expand_as(parts[0]))
@@ -65,9 +85,8 @@ class Prompts:
             return torch.nn.functional.one_hot(cameras.view_index(), len(VIEWS)).float()
         return interpolated(cameras)
 
-    def _mix(self, share: Tensor) -> Tensor:
-        share = share.to(self.views, non_blocking=True)
-        return torch.einsum("bv,v...->b...", share, self.views)
+    def _mix(self, share: Tensor, views: Tensor) -> Tensor:
+        return torch.einsum("bv,v...->b...", share.to(views, non_blocking=True), views)
 
 
 def interpolated(cameras: Cameras) -> Tensor:

@@ -1,4 +1,4 @@
-"""From cameras to pictures: rays, march, field, composite, background."""
+"""From cameras to pictures: rays, march, field, light, composite, background."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .field import Environment, Field
 from .ops import (
     Samples,
     composite,
+    composite_lit,
     generate_rays,
     march,
     occupancy_points,
@@ -21,20 +22,24 @@ from .ops import (
 )
 
 MAX_CHANNELS = 8  # of composite
-GREY = 0.5  # the fixed background
 CAPACITY_STEP = 1 << 14  # sample buffers grow in steps of so many rows
 
 
 @dataclass
 class Rendering:
     """image (B, 3, H, W) in [0, 1], or latents; opacity (B, H, W) in [0, 1]; depth (B, H, W)
-    = sum of w t, scene units; count (1,) int32, samples wanted; capacity, samples that fit."""
+    = sum of w t, scene units; weights (S,) w of the samples; capacity, samples that fit. With
+    light also normal (B, 3, H, W) = sum of w n, and orientation (B, H, W), the sum over a ray's
+    samples of w max(0, n·d)² for the orientation loss."""
 
     image: Tensor
     opacity: Tensor
     depth: Tensor
-    count: Tensor
+    weights: Tensor
+    samples: Samples
     capacity: int
+    normal: Tensor | None = None
+    orientation: Tensor | None = None
 
 
 class Renderer(nn.Module):
@@ -49,6 +54,9 @@ class Renderer(nn.Module):
         self.environment = None
         if config.background == "environment":
             self.environment = Environment(config.environment_frequencies, generator)
+        self.learned = nn.Parameter(torch.zeros(3)) if config.background == "learned" else None
+        backdrop = torch.tensor(config.backdrop)
+        self.register_buffer("backdrop", backdrop, persistent=False)
         self.capacity = CAPACITY_STEP
 
     def forward(
@@ -59,35 +67,56 @@ class Renderer(nn.Module):
         size: int | None = None,
         jitter: bool = True,
         latent: bool = False,
+        shading: Tensor | None = None,
     ) -> Rendering:
         """Render B cameras. background: (B, 3) or (3,) colours in [0, 1]; without it the
-        environment map, or grey. size: side of the picture, pixels. seed: of the samples' jitter
-        (stratified if `jitter`, else bin centres). latent: the picture's channels are the field's
-        latents, and those of the background, which must be given (B, channels)."""
+        environment map, or the learned, or the solid colour. size: side of the picture, pixels.
+        seed: of the samples' jitter (stratified if `jitter`, else bin centres). latent: the
+        picture's channels are the field's latents, and those of the background, which must be
+        given (B, channels). shading: (B, 7) as `shading.sample` makes it, how each view is lit;
+        None: albedo, and no normals."""
         size = size or self.config.image_size
         n = len(cameras.focal)
-        rays = self._rays(cameras, size)
+        rays = rays_o, rays_d, *_ = self._rays(cameras, size)
         samples = self._march(*rays, seed, jitter, self.capacity)
-        sigma, albedo = self.field(samples.positions, samples.count, latent)
-        # Place of shading: albedo becomes lit colour here, once normals exist.
-        colour, opacity, depth = self._composite(sigma, albedo, samples)
-        behind = self._background(background, rays[1], n, size)
-        picture = colour + (1.0 - opacity[:, None]) * behind
-        image = picture.reshape(n, size, size, -1).permute(0, 3, 1, 2).contiguous()
-        return Rendering(
-            image,
-            opacity.reshape(n, size, size),
-            depth.reshape(n, size, size),
-            samples.count,
-            self.capacity,
-        )
+        sigma, albedo, gradient = self._query(samples, latent, shading is not None)
+        if shading is None:
+            colour, opacity, depth, weights = self._composite(sigma, albedo, samples)
+            of_light = ()
+        else:
+            colour, opacity, depth, weights, *of_light = composite_lit(
+                sigma, albedo, gradient, samples.t, samples.dt, samples.packed, rays_o, rays_d,
+                shading, self.config.early_stop,
+            )  # fmt: skip
+        behind = self._background(background, rays_d, n, size)
+        image = colour + (1.0 - opacity[:, None]) * behind
 
-    def _composite(self, sigma, values, samples: Samples) -> tuple[Tensor, Tensor, Tensor]:
+        def as_pictures(x: Tensor) -> Tensor:
+            if x.ndim == 1:
+                return x.reshape(n, size, size)
+            return x.reshape(n, size, size, -1).permute(0, 3, 1, 2).contiguous()
+
+        pictures = [as_pictures(x) for x in (image, opacity, depth)]
+        return Rendering(*pictures, weights, samples, self.capacity, *map(as_pictures, of_light))
+
+    def _query(self, samples: Samples, latent: bool, normals: bool):
+        """Density, albedo and, with `normals`, the gradient of log density at the samples."""
+        x, count, c = samples.positions, samples.count, self.config
+        if not normals or c.normals == "analytic":
+            return self.field(x, count, latent, normals)
+        steps = c.epsilon * torch.eye(3, device=x.device)
+        ends = [
+            [self.field((x + sign * step).contiguous(), count)[0].log() for sign in (1, -1)]
+            for step in steps
+        ]
+        gradient = torch.stack([high - low for high, low in ends], 1) / (2.0 * c.epsilon)
+        return *self.field(x, count, latent)[:2], gradient.contiguous()
+
+    def _composite(self, sigma, values, samples: Samples) -> tuple[Tensor, ...]:
         """Any number of channels, as many at a time as the op takes."""
         rest = samples.t, samples.dt, samples.packed, self.config.early_stop
         parts = [composite(sigma, v.contiguous(), *rest) for v in values.split(MAX_CHANNELS, 1)]
-        _, opacity, depth, _ = parts[0]
-        return torch.cat([colour for colour, *_ in parts], 1), opacity, depth
+        return torch.cat([colour for colour, *_ in parts], 1), *parts[0][1:]
 
     def _rays(self, cameras: Cameras, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Origins and directions (R, 3) through all pixels; distances in and out of the sphere."""
@@ -100,7 +129,7 @@ class Renderer(nn.Module):
             return colour.expand(n, -1).repeat_interleave(size * size, 0)
         if self.environment is not None:
             return self.environment(rays_d)
-        return rays_d.new_full((1, 3), GREY)
+        return self.backdrop.expand(1, 3) if self.learned is None else self.learned.sigmoid()[None]
 
     def _march(self, rays_o, rays_d, near, far, seed, jitter: bool, capacity: int) -> Samples:
         c = self.config
@@ -130,7 +159,7 @@ class Renderer(nn.Module):
         points = occupancy_points(
             c.occupancy_resolution, self.field.config.radius, seed, device=self.occupancy.device
         )
-        sigma, _ = self.field(points)
+        sigma = self.field(points)[0]
         occupancy_update(
             self.occupancy,
             self.bitfield,

@@ -3,7 +3,7 @@
 Read `Trainer._step` from top to bottom to follow one step. What is random or scheduled is drawn on
 the host, from the seed and the step's number alone: a resumed run goes on as if it had never
 stopped. The rest (`_advance`: rendering, SDS, backward, Adam) never waits for the device and is one
-CUDA graph on a GPU. What it measures is read every few steps.
+CUDA graph on a GPU, or two: steps with light and without. What it measures is read every few steps.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import camera, checkpoint, export, guidance, sds
+from . import camera, checkpoint, export, guidance, losses, optimizers, sds, shading
+from .checks import check
 from .config import RunConfig
-from .field import Field
+from .field import make_field
 from .graph import Captured
 from .guidance.timed import Timed
-from .ops import Adam, has_half
+from .ops import has_half
 from .prompting import Prompts
-from .render import Renderer
+from .render import Renderer, Rendering
 
 MEASURES = ("sds", "opacity", "mean_opacity", "samples", "views_skipped", "updates_skipped")
 REPORT_EVERY = 10  # steps, on a GPU: reading what it measured waits for it
@@ -51,17 +53,21 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 @dataclass
 class Draw:
     """What is random or scheduled in one pass, on the device. seeds: (2,) int64, of the samples and
-    of the noise; embedding and negative_weights: see prompting.Prompts; rate: (1,), of Adam;
-    opacity: (), weight of the penalty."""
+    of the noise; t: (B,), None without diffusion; shading: (B, 7), see shading.sample, of which any
+    row is `lit`; embedding and negative_weights: see prompting.Prompts; rate: (1,), factor of the
+    learning rates; losses: (7,), see losses.weights_at; progress: (1,), share of the run."""
 
     cameras: camera.Cameras
     background: Tensor | None
     seeds: Tensor
-    t: Tensor
+    t: Tensor | None
+    shading: Tensor
+    lit: bool
     embedding: Tensor
     negative_weights: Tensor | None
     rate: Tensor
-    opacity: Tensor
+    losses: Tensor
+    progress: Tensor
 
     def copy_(self, other: Draw) -> None:
         """Take the other's numbers, in the same places."""
@@ -69,6 +75,7 @@ class Draw:
         for old, new in zip(mine, others, strict=True):
             if isinstance(old, Tensor):
                 old.copy_(new, non_blocking=True)
+        self.lit = other.lit
 
 
 class Trainer:
@@ -80,7 +87,8 @@ class Trainer:
             metrics.jsonl, preview.png.
         guide: guidance object; None loads config.guidance.name.
         device: "cpu" or a CUDA device.
-        resume: go on from the folder's checkpoint, if it has one.
+        resume: go on from the folder's checkpoint, if it has one. Else config.init may name the
+            folder of another run, whose scene is the start.
     Raises:
         ValueError: a setting is wrong, the guidance cannot mean the prompt, or the checkpoint
             cannot be used.
@@ -94,33 +102,40 @@ class Trainer:
             self._fit_to_latents()
         else:
             self._check_size()
-        self.prompts = Prompts(self.guidance, config.prompt, config.guidance)
+        of_guide = getattr(self.guidance.guide, "textureless_prompt", None)
+        clay = of_guide(config.prompt) if of_guide and config.shading.lit else None
+        self.prompts = Prompts(self.guidance, config.prompt, config.guidance, clay)
         if guide is None and hasattr(self.guidance.guide, "release_text"):
             self.guidance.release_text()
-        self.schedule = sds.Schedule(self.guidance.alphas_cumprod, config.guidance)
+        self.schedule = None  # no diffusion
+        if hasattr(self.guidance.guide, "alphas_cumprod"):
+            self.schedule = sds.Schedule(self.guidance.alphas_cumprod, config.guidance)
         generator = torch.Generator().manual_seed(config.seed)
-        field = Field(config.field, generator)
+        field = make_field(config.field, generator)
         self.renderer = Renderer(field, config.render, generator).to(self.device)
-        if config.field.half and not has_half(field.table):
+        if config.field.half and not has_half(self.renderer.occupancy):
             raise ValueError(
                 f"config `half`: expected false, as the kernels on {self.device} have no float16"
             )
         self.grad_scale = HALF_SCALE if config.field.half else 1.0
         if config.render.latent:
             self._set_colour_map()
-        self.rate = torch.ones(1, device=self.device)  # of Adam, a factor
         self.optimizer = self._build_optimizer()
+        self.regularizers = losses.active(config.loss)
         self.measured = torch.zeros(len(MEASURES), dtype=torch.float64, device=self.device)
         self.bad = torch.zeros(1, dtype=torch.int32, device=self.device)  # views, since the start
         self.draws: list[Draw] = []  # of the current step, where the graph reads them
         # What a guidance renders for the camera lies elsewhere each time: no graph can hold it.
-        static = not hasattr(self.guidance.guide, "set_cameras")
-        self.advance = Captured(self._advance, self.device if static else torch.device("cpu"))
+        static = not hasattr(self.guidance.guide, "set_cameras") and self.optimizer.capturable
+        where = self.device if static else torch.device("cpu")
+        self.advance = {lit: Captured(partial(self._advance, lit), where) for lit in (False, True)}
         self.report_every = 1 if self.device.type == "cpu" else REPORT_EVERY
         self.step, self.made, self.stopping = 0, 0, False  # made: steps, by this object
         self.folder.mkdir(parents=True, exist_ok=True)
         if resume and self.checkpoint_path.exists():
             self._load()
+        elif config.init:
+            self._start_from(Path(config.init))
         self._start_files()
 
     def _fit_to_latents(self) -> None:
@@ -137,6 +152,7 @@ class Trainer:
         if channels == 3:
             raise ValueError("config `latent`: expected a guidance whose latents are no colours")
         self.config.field.channels, self.config.render.image_size = channels, size
+        self.config.shading.lit = 0.0  # latents are no colours that light could fall on
 
     def _set_colour_map(self) -> None:
         """Of the background, and its inverse for showing the field."""
@@ -217,7 +233,7 @@ class Trainer:
                 old.copy_(new)  # where a graph reads them
         else:
             self.draws = draws
-        self.advance()
+        self.advance[any(draw.lit for draw in draws)]()
         self.made += 1
         return self.measured.clone()
 
@@ -230,19 +246,24 @@ class Trainer:
         if c.render.latent:
             matrix, bias = self.colour_map
             background = background @ matrix.T + bias
+        share = self.step / c.steps
+        light = shading.sample(cameras, c.shading, share, generator)
         if hasattr(self.guidance.guide, "set_cameras"):
-            self.guidance.set_cameras(cameras, background, generator)
-        t = self.schedule.draw(c.views, self.step / c.steps, generator)
-        embedding, negative_weights = self.prompts(cameras)
+            self.guidance.set_cameras(cameras, background, generator, light)
+        t = None if self.schedule is None else self.schedule.draw(c.views, share, generator)
+        embedding, negative_weights = self.prompts(cameras, shading.is_textureless(light))
         return Draw(
             cameras.to(self.device),
             None if background is None else self._there(background),
             self._seeds(generator, 2),
-            self._there(t),
+            None if t is None else self._there(t),
+            self._there(light),
+            bool(shading.is_lit(light).any()),
             embedding,
             negative_weights,
             self._there(torch.tensor([rate_share(self.step, c)])),
-            self._there(torch.tensor(opacity_weight(self.step, c))),
+            self._there(losses.weights_at(c.loss, share)),
+            self._there(torch.tensor([share])),
         )
 
     def _seeds(self, generator: torch.Generator, n: int) -> Tensor:
@@ -252,32 +273,63 @@ class Trainer:
         """On the device, without waiting for what it does: the host may draw steps ahead."""
         return x.to(self.device, non_blocking=True)
 
-    def _advance(self) -> None:
+    def _advance(self, lit: bool) -> None:
         """Render, distil, step, measure: all on the device, reading self.draws."""
         self.optimizer.zero_grad(set_to_none=True)
-        passes = torch.stack([self._accumulate(draw) for draw in self.draws])
-        self.rate.copy_(self.draws[0].rate)
+        self.renderer.field.set_progress(self.draws[0].progress)
+        passes = torch.stack([self._accumulate(draw, lit) for draw in self.draws])
+        self.optimizer.set_share(self.draws[0].rate)
         self.optimizer.step(grad_scale=self.grad_scale)
         counts = torch.cat((self.bad, self.optimizer.skipped_on(self.device)))
         self.measured.copy_(torch.cat((passes[:, :3].mean(0), passes[:, 3].amax(0)[None], counts)))
 
-    def _accumulate(self, draw: Draw) -> Tensor:
+    def _accumulate(self, draw: Draw, lit: bool) -> Tensor:
         """Add one pass's gradients up. Returns the first four of MEASURES."""
         c = self.config
         latent = c.render.latent
-        rendering = self.renderer(draw.cameras, draw.seeds[:1], draw.background, latent=latent)
-        z = rendering.image if latent else self.guidance.encode(rendering.image)
-        share = 1.0 / (c.views * c.accumulate)
-        gradient = sds.gradient(
-            self.guidance, z, draw.t, draw.seeds[1:], draw.embedding, self.schedule, self.bad,
-            draw.negative_weights, self.grad_scale * share,
+        rendering = self.renderer(
+            draw.cameras, draw.seeds[:1], draw.background, latent=latent,
+            shading=draw.shading if lit else None,
         )  # fmt: skip
-        opacity_loss = opacity_penalty(rendering.opacity)
-        total = self.grad_scale / c.accumulate * draw.opacity * opacity_loss
+        z = rendering.image if latent else self.guidance.encode(rendering.image)
+        share = self.grad_scale / (c.views * c.accumulate)
+        gradient = self._guide(z, draw, share)
+        terms = self._regularize(rendering, draw.losses)
+        total = self.grad_scale / c.accumulate * losses.weighted(terms, draw.losses)
         torch.autograd.backward((z, total), (gradient.to(z.dtype), torch.ones_like(total)))
-        spread = gradient.square().mean().sqrt() / (self.grad_scale * share)
-        measures = spread, opacity_loss, rendering.opacity.mean(), rendering.count[0]
+        spread = gradient.square().mean().sqrt() / share
+        count = rendering.samples.count[0]
+        measures = spread, terms["opacity"], rendering.opacity.mean(), count
         return torch.stack([x.detach().double() for x in measures])
+
+    def _guide(self, z: Tensor, draw: Draw, share: float) -> Tensor:
+        """The gradient of z, times share: the score's distillation, or a loss's own."""
+        if self.schedule is None:
+            gradient = share * self.guidance.gradient(z, draw.embedding)
+            finite = gradient.isfinite().flatten(1).all(1)
+            self.bad += (~finite).sum()
+            return torch.where(finite[:, None, None, None], gradient, 0.0)
+        return sds.gradient(
+            self.guidance, z, draw.t, draw.seeds[1:], draw.embedding, self.schedule, self.bad,
+            draw.negative_weights, share,
+        )  # fmt: skip
+
+    def _regularize(self, rendering: Rendering, weights: Tensor) -> dict[str, Tensor]:
+        """The regularizers that have a weight at some step, and the opacity's: it is measured."""
+        wanted, terms = self.regularizers, {"opacity": losses.opacity_penalty(rendering.opacity)}
+        if "entropy" in wanted:
+            terms["entropy"] = losses.entropy(rendering.opacity)
+        if "transmittance" in wanted:
+            terms["transmittance"] = losses.transmittance(rendering.opacity, weights[-1])
+        if "distortion" in wanted:
+            _, t, dt, packed, _ = rendering.samples
+            of_rays = losses.distortion(rendering.weights, t, dt, packed)
+            terms["distortion"] = of_rays.sum() / len(rendering.opacity)
+        if rendering.normal is not None and "orientation" in wanted:
+            terms["orientation"] = losses.orientation_penalty(rendering.orientation)
+        if rendering.normal is not None and "normal_smoothness" in wanted:
+            terms["normal_smoothness"] = losses.normal_smoothness(rendering.normal)
+        return terms
 
     def _report(self, log, pending: list[Tensor], began: float) -> list[dict]:
         """Write the metrics of the pending steps, made since `began`. Waits for the device."""
@@ -308,19 +360,32 @@ class Trainer:
                 f"another dtype (bf16, fp32) or another scheduler"
             )
         if self.renderer.fit_capacity(max(row["samples"] for row in rows)):
-            self.advance.reset()
+            for advance in self.advance.values():
+                advance.reset()
 
-    def _build_optimizer(self) -> Adam:
+    def _build_optimizer(self) -> optimizers.FusedAdam | optimizers.Kept:
         o, field = self.config.optimizer, self.renderer.field
-        small = [field.weights]
-        if self.renderer.environment is not None:
-            small += list(self.renderer.environment.parameters())
-        groups = [
-            {"params": [field.table], "lr": o.table_rate},
-            {"params": small, "lr": o.mlp_rate},
-        ]
-        half_copies = field.half_copies()
-        return Adam(groups, betas=o.betas, eps=o.eps, half_copies=half_copies, rate=self.rate)
+        tables = [p for name, p in field.named_parameters() if name == "table"]
+        ours = {id(p) for p in tables}
+        rest = [p for p in self.renderer.parameters() if id(p) not in ours]
+        groups = [{"params": tables, "lr": o.table_rate}, {"params": rest, "lr": o.mlp_rate}]
+        groups = [group for group in groups if group["params"]]
+        rate = torch.ones(1, device=self.device)
+        return optimizers.build(o, groups, field.half_copies(), rate)
+
+    def _start_from(self, folder: Path) -> None:
+        """Take another run's scene (the paper's figure 4: a prompt refined step by step)."""
+        tensors, config = checkpoint.load(folder / "checkpoint.safetensors")
+        if config["field"] != _as_json(self.config.field):
+            raise ValueError(
+                f"argument `init`: expected the field's settings of the run in {folder}, got others"
+            )
+        try:
+            self.renderer.load_state_dict(within(tensors, "model."))
+        except RuntimeError as error:
+            raise ValueError(f"argument `init`: expected a scene like this one: {error}") from None
+        self.renderer.field.refresh_half()
+        self.renderer.capacity = int(tensors["capacity"])
 
     def _start_files(self) -> None:
         text = json.dumps(self.config.to_dict(), indent=1)
@@ -328,10 +393,9 @@ class Trainer:
         _keep_lines(self.folder / "metrics.jsonl", self.step)
 
     def save(self) -> None:
-        """Write the checkpoint: parameters, Adam's moments, occupancy, step."""
+        """Write the checkpoint: parameters, the optimizer's state, occupancy, step."""
         tensors = {f"model.{k}": v for k, v in self.renderer.state_dict().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{i}.{k}": v for k, v in state.items()}
+        tensors |= {f"optimizer.{k}": v for k, v in self.optimizer.tensors().items()}
         tensors["step"] = torch.tensor([self.step])
         tensors["capacity"] = torch.tensor([self.renderer.capacity])
         checkpoint.save(self.checkpoint_path, tensors, self.config.to_dict())
@@ -343,15 +407,12 @@ class Trainer:
                 f"argument `prompt`: expected {config['prompt']!r}, the run's own, got "
                 f"{self.config.prompt!r}"
             )
-        self.renderer.load_state_dict(model_tensors(tensors))
+        theirs, ours = config["optimizer"].get("name"), self.config.optimizer.name
+        if theirs != ours:
+            raise ValueError(f"config `optimizer.name`: expected {theirs}, the run's, got {ours}")
+        self.renderer.load_state_dict(within(tensors, "model."))
         self.renderer.field.refresh_half()
-        state: dict[int, dict] = {}
-        for key, value in tensors.items():
-            if key.startswith("adam."):
-                _, i, name = key.split(".")
-                state.setdefault(int(i), {})[name] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.optimizer.load(within(tensors, "optimizer."))
         self.step = int(tensors["step"])
         self.renderer.capacity = int(tensors["capacity"])
 
@@ -359,7 +420,9 @@ class Trainer:
 def load_guidance(config: RunConfig, device: torch.device):
     """The guidance that a run's config names."""
     g = config.guidance
-    return guidance.load(g.name, device, g.dtype, g.size, g.compile, g.low_memory, g.tiny_vae)
+    return guidance.load(
+        g.name, device, g.dtype, g.size, g.compile, g.low_memory, g.tiny_vae, g.model
+    )
 
 
 def settled(device) -> torch.device:
@@ -372,25 +435,6 @@ def settled(device) -> torch.device:
     return torch.device("cuda", index)
 
 
-def check(config: RunConfig) -> None:
-    """Raise ValueError for settings that cannot run."""
-    if not config.prompt.strip():
-        raise ValueError("argument `prompt`: expected a text, got an empty one")
-    for name in ("steps", "views", "accumulate", "checkpoint_every", "preview_every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"argument `{name}`: expected at least 1, got {getattr(config, name)}")
-    if config.render.occupancy_every < 1:
-        raise ValueError(
-            f"argument `occupancy_every`: expected at least 1, got {config.render.occupancy_every}"
-        )
-    backgrounds = ("random", "grey", "environment")
-    if config.render.background not in backgrounds:
-        raise ValueError(
-            f"argument `background`: expected one of {', '.join(backgrounds)}, got "
-            f"{config.render.background!r}"
-        )
-
-
 def rate_share(step: int, config: RunConfig) -> float:
     """Linear warm-up, then a cosine from 1 to optimizer.final_share."""
     o = config.optimizer
@@ -398,16 +442,6 @@ def rate_share(step: int, config: RunConfig) -> float:
     return min(1.0, (step + 1) / max(1, o.warmup)) * (
         o.final_share + (1.0 - o.final_share) * cosine
     )
-
-
-def opacity_weight(step: int, config: RunConfig) -> float:
-    start, end = config.loss.opacity, config.loss.opacity_end
-    return start if end is None else start + (end - start) * step / config.steps
-
-
-def opacity_penalty(opacity: Tensor) -> Tensor:
-    """Sum over the pixels of sqrt(opacity² + 0.01), averaged over views (A.2)."""
-    return (opacity.square() + 0.01).sqrt().sum() / len(opacity)
 
 
 def _keep_lines(path: Path, n: int) -> None:
@@ -422,13 +456,18 @@ def load_renderer(folder: Path, device="cpu") -> Renderer:
     tensors, stored = checkpoint.load(Path(folder) / "checkpoint.safetensors")
     config, device = RunConfig.from_dict(stored), settled(device)
     generator = torch.Generator().manual_seed(config.seed)
-    renderer = Renderer(Field(config.field, generator), config.render, generator).to(device)
-    renderer.load_state_dict(model_tensors(tensors))
+    field = make_field(config.field, generator)
+    renderer = Renderer(field, config.render, generator).to(device)
+    renderer.load_state_dict(within(tensors, "model."))
     renderer.field.refresh_half()
     renderer.capacity = int(tensors["capacity"])
     return renderer
 
 
-def model_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The renderer's state dict among a checkpoint's tensors."""
-    return {k[len("model.") :]: v for k, v in tensors.items() if k.startswith("model.")}
+def _as_json(stage) -> dict:
+    return json.loads(json.dumps(vars(stage)))
+
+
+def within(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}

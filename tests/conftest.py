@@ -21,19 +21,27 @@ TOLERANCE = {
     "adam_step": ((1e-5, 1e-6), (1e-12, 1e-12)),
     # Sums over up to 140 samples; gradients of dt are scaled by densities of up to 30.
     "composite": ((1e-4, 1e-4), (1e-11, 1e-12)),
+    # As composite; normals of gradients from 0 on have derivatives of up to 1 / EPS = 1000.
+    "composite_lit": ((1e-4, 2e-4), (1e-11, 1e-11)),
     # Sine and cosine to 2 ulp of 1; gradients add up to 2^l times that, l < 5 in the tests.
     "frequency_encode": ((1e-5, 1e-5), (1e-12, 1e-12)),
+    # The same, times 2^l; its gradients times up to 16^l, which damping holds to some hundreds.
+    "frequency_encode_gradient": ((1e-4, 2e-4), (1e-11, 1e-11)),
     # Sums over all pixels of an image, in another order, of gradients of size 1.
     "generate_rays": ((1e-4, 1e-4), (1e-12, 1e-12)),
     # Weights agree to the bit; gradients sum terms of size N_l, up to 512, in another order.
     "hash_encode": ((1e-4, 3e-4), (1e-12, 1e-11)),
     # float16 features of float32 sums: at most one step of float16 (2^-10) beside the rounded twin.
     "hash_encode_half": ((1e-3, 1e-5), None),
+    # Likewise, of terms of size N_l^2 (30^2 in the tests), times the tangent's.
+    "hash_encode_second": ((1e-4, 2e-2), (1e-11, 1e-9)),
     # Sums of up to 256 products of size 1 a layer, and of 3000 rows, in another order.
     "mlp": ((1e-4, 2e-4), (1e-11, 1e-11)),
     # Hidden values and their gradients are rounded to 2^-11 of their size, about 1; summed over 203
     # rows for the parameters'. In float16, against float64 at the rounded inputs.
     "mlp_half": ((2e-3, 2e-2), None),
+    # As mlp: one more product of layers.
+    "mlp_second": ((1e-4, 5e-4), (1e-11, 1e-11)),
     # One rounding more or less (FMA).
     "occupancy_points": ((1e-6, 1e-6), (1e-14, 1e-14)),
     # Divided by a direction's component, which may be small.

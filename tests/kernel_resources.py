@@ -26,11 +26,11 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # enough to hide accesses to memory. double is for tests and gradcheck, not for speed.
 CEILING = {"float": 64, "half": 64, "double": 128, "-": 64}
 CEILING_OF = {  # kernel:type -> registers, and why more
-    "composite_backward_kernel:float": 72,  # 8 channels, of which a lane holds two gradients
-    "hash_grad_x_kernel:float": 112,  # 8 corners of 8 features are on their way together
-    "hash_grad_x_kernel:half": 72,
-    "hash_grad_x_kernel:double": 200,
-    "mlp_backward_kernel:float": 160,  # 8 sums, and the addresses of two layers and both gradients
+    "composite_backward_kernel:float": 72,  # 8 channels, two gradients each; or a light, a normal
+    "hash_grad_x_kernel:float": 120,  # 8 corners of 8 features are on their way together
+    "hash_grad_x_kernel:half": 80,
+    "hash_grad_x_kernel:double": 208,
+    "mlp_backward_kernel:float": 168,  # 8 sums, and the addresses of two layers and both gradients
     "mlp_backward_kernel:double": 168,
     "mlp_forward_kernel:float": 72,
     "mlp_half_backward_kernel:half": 240,  # up to 10 squares of the parameters' gradient, 8 each
@@ -44,15 +44,15 @@ DOUBLE_ON_PURPOSE = "adam_prepare|frequency|march_kernel|occupancy_(ema|bits)"
 FACTS = [
     (r".*(backward|grad).*", 80, "ATOM", False, "sums to memory return nothing"),
     (r"hash_grad_table_kernel.*", 80, "REDG?[.]", True, "sums to memory"),
+    (r"hash_grad_table_kernel<2, \w+, (float|half)>.*", 90, "REDG.*F32x2", True, "whole rows"),
+    (r"hash_grad_table_kernel<[48], \w+, (float|half)>.*", 90, "REDG.*F32x4", True, "whole rows"),
     (
-        r"hash_grad_table_kernel<2, (float|half)>.*",
-        90,
-        "REDG.*F32x2",
+        r"hash_\w+<([48], \w+, float|8, \w+, half|[248], \w+, double)>.*",
+        80,
+        "LDG.*128",
         True,
         "a row at once",
     ),
-    (r"hash_grad_table_kernel<[48], (float|half)>.*", 90, "REDG.*F32x4", True, "a row at once"),
-    (r"hash_\w+<([48], float|8, half|[248], double)>.*", 80, "LDG.*128", True, "a row at once"),
     (r"adam_(check|update)_kernel<(4, float|2, double)>.*", 80, "LDG.*128", True, "packs"),
     (r"march_kernel<.*", 80, "ATOMG", True, "a warp takes its rows by one addition"),
     (r"mlp_half_\w+<.*", 80, "HMMA.16816.F32", True, "tensor cores, sums in float"),

@@ -44,15 +44,30 @@ def cases() -> dict:
         "spherical_harmonics": (lambda m, d: m.spherical_harmonics(d, 4), (unit(7),), True),
         "frequency_encode": (lambda m, x, v: m.frequency_encode(x, 4, v),
                              (rand(7, 3), 0.1 * rand(7)), True),
+        "frequency_encode_gradient": (lambda m, g, x, v: m.frequency_encode_gradient(g, x, 4, v),
+                                      (rand(7, 24), rand(7, 3), 0.1 * rand(7)), True),
         "mlp": (lambda m, x, p: m.mlp(x, p, widths, "silu"),
                 (rand(7, 5), rand(ops.mlp_parameters(widths)) - 0.5), True),
         "composite": (lambda m, *a: m.composite(*a, PACKED),
                       (5 * rand(9), rand(9, 3), rand(9), 0.1 * rand(9)), True),
+        "composite_lit": (_lit, (5 * rand(9), rand(9, 3), 20 * rand(9, 3) - 10, 0.1 * rand(9)),
+                          True),
         "occupancy_points": (lambda m, x: m.occupancy_points(8, 0.7, 3, dtype=x.dtype),
                              (rand(1),), False),
         "occupancy_update": (_occupancy, (rand(512), rand(512)), False),
         "adam_step": (_adam, (rand(50), rand(50) - 0.5, rand(50), rand(50)), False),
     }  # fmt: skip
+
+
+def _lit(m, sigma, albedo, gradient, dt):
+    """The orientation is left out: to it the weights are constants, which gradcheck is not told."""
+    generator = torch.Generator().manual_seed(1)
+    t, o, d, shading = (
+        torch.rand(*shape, generator=generator, dtype=torch.float64).to(sigma)
+        for shape in ((9,), (4, 3), (4, 3), (2, 7))
+    )
+    d = torch.nn.functional.normalize(d, dim=-1)
+    return m.composite_lit(sigma, albedo, gradient, t, dt, PACKED, o, d, shading)[:5]
 
 
 def _occupancy(m, ema, density):
@@ -78,7 +93,7 @@ def error(function, tensors, dtype: torch.dtype) -> float:
 
 
 def main() -> None:
-    print(f"{'op':22} {'float32 error':>14} {'float64 error':>14}  gradcheck (float64)")
+    print(f"{'op':25} {'float32 error':>14} {'float64 error':>14}  gradcheck (float64)")
     for name, (function, tensors, differentiable) in cases().items():
         errors = [error(function, tensors, d) for d in (torch.float32, torch.float64)]
         checked = "no derivative"
@@ -86,7 +101,7 @@ def main() -> None:
             inputs = tuple(t.clone().requires_grad_() for t in tensors)
             checked = torch.autograd.gradcheck(lambda *a, f=function: f(ops, *a), inputs)
             checked = "passed" if checked else "FAILED"
-        print(f"{name:22} {errors[0]:14.1e} {errors[1]:14.1e}  {checked}")
+        print(f"{name:25} {errors[0]:14.1e} {errors[1]:14.1e}  {checked}")
 
 
 if __name__ == "__main__":

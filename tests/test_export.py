@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v2 as imageio
 import numpy as np
@@ -183,7 +184,7 @@ class FakeField(nn.Module):
 
     def forward(self, positions, count=None):
         sigma, albedo = self.evaluate(positions)
-        return sigma + self.anchor.square(), albedo
+        return sigma + self.anchor.square(), albedo, None
 
 
 class FakeRenderer(nn.Module):
@@ -195,14 +196,16 @@ class FakeRenderer(nn.Module):
         self.field, self.config = FakeField(empty), RenderConfig(image_size=16)
         self.capacity, self.calls = 16 * 16, []
 
-    def forward(self, cameras, seed, background=None, size=None, jitter=True):
+    def forward(self, cameras, seed, background=None, size=None, jitter=True, shading=None):
         size = size or self.config.image_size
         n, count = len(cameras.focal), size * size * len(cameras.focal)
         self.calls.append((n, size, jitter, torch.is_grad_enabled()))
         shade = (cameras.azimuth / (2 * math.pi))[:, None, None, None] + self.field.anchor
         image = shade.expand(n, 3, size, size) * float(count <= self.capacity)
         flat = torch.ones(n, size, size)
-        return Rendering(image, flat, flat, torch.tensor([count]), self.capacity)
+        samples = SimpleNamespace(count=torch.tensor([count]))
+        normal = None if shading is None else torch.stack((flat, -flat, 0 * flat), 1)
+        return Rendering(image, flat, flat, flat, samples, self.capacity, normal)
 
     def fit_capacity(self, count):
         self.capacity = count * 5 // 4
@@ -216,6 +219,17 @@ def test_render_views_fits_the_capacity_and_puts_it_back():
     assert renderer.capacity == 16 * 16
     assert len(renderer.calls) == 3  # one of them again, after the fit
     assert all(n == 1 and not jitter and not grad for n, _, jitter, grad in renderer.calls)
+
+
+def test_modes_of_render_views():
+    renderer, cameras = FakeRenderer(), orbit([90.0], 15.0, 1.5, 1.0)
+    normal = export.render_views(renderer, cameras, 16, mode="normal")[0, :, 0, 0]
+    assert normal.tolist() == [1.0, 0.0, 0.5]
+    depth = export.render_views(renderer, cameras, 16, mode="depth")[0, :, 0, 0]
+    want = 1 - (1.0 - (1.5 - RADIUS)) / (2 * RADIUS)  # at a distance of 1
+    assert depth.tolist() == pytest.approx([want] * 3, abs=1e-6)
+    with pytest.raises(ValueError, match=r"`mode`: expected one of albedo, .*, got 'x-ray'"):
+        export.render_views(renderer, cameras, mode="x-ray")
 
 
 def test_preview_is_a_square_of_four(tmp_path):
@@ -237,7 +251,7 @@ def test_export_run_writes_all_three(tmp_path):
     assert paths == [folder / n for n in ("contact_sheet.png", "turntable.mp4", "mesh.glb")]
     assert sorted(folder.iterdir()) == sorted(paths), "temporary files are left"
     with Image.open(paths[0]) as sheet:
-        assert sheet.size == (8 * 34, 2 * 34)
+        assert sheet.size == (8 * 34, 5 * 34)
     with imageio.get_reader(paths[1]) as video:
         frames = [np.asarray(f) for f in video]
         assert video.get_meta_data()["fps"] == 30

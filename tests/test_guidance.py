@@ -191,7 +191,7 @@ def test_colours_go_to_latents_and_back(folders):
     torch.testing.assert_close(torch.linalg.pinv(matrix) @ (z - bias), colour, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"background": "grey"}, {}])
+@pytest.mark.parametrize("change", [{"background": "solid"}, {}])
 def test_latents_that_cannot_be_rendered(change, folders, tmp_path):
     config = tiny(prompt=PROMPT)
     config.render.latent = True
@@ -312,7 +312,7 @@ def test_negatives_are_the_neighbours_and_fade_as_they_near():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"view_text": "both"}, "`view_text`: expected nearest or interpolate, got 'both'"),
+        ({"view_text": "both"}, "`view_text`: expected nearest, interpolate, none, got 'both'"),
         ({"scale": 0.0, "perp_neg": 1.0}, "`scale`: expected more than 0"),
         ({"scale": 0.0, "negative": "bad"}, "`scale`: expected more than 0"),
     ],

@@ -4,9 +4,16 @@ import pytest
 import torch
 from conftest import assert_close, check_op, check_registration, check_threads
 
-from dreamfusion_fast.ops import _backend, hash_encode, hash_table_rows, reference
+from dreamfusion_fast.ops import (
+    _backend,
+    hash_encode,
+    hash_encode_gradient,
+    hash_table_rows,
+    reference,
+)
 
 OP = ("hash_encode", hash_encode, reference.hash_encode)
+SECOND = ("hash_encode_second", hash_encode_gradient, reference.hash_encode_gradient)
 GRID = (4, 3, 21, 9)  # dense, dense, hashed, hashed
 WAYS = ["linear", "smoothstep"]
 
@@ -90,6 +97,62 @@ def test_any_start_of_a_row(device, features, rng):
     assert_close("hash_encode", got, want)
 
 
+def cotangent(x, table, levels):
+    return torch.randn(len(x), levels * table.shape[1]).to(x).requires_grad_()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("features", [1, 2, 4, 8])
+def test_second_order_twin(device, dtype, features, way, rng):
+    x, table = make(rng, 203, features=features, dtype=dtype, device=device)
+    check_op(*SECOND, cotangent(x, table, 4), x, table, *GRID, way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_second_order_gradcheck(device, way, rng):
+    x, table = make(rng, 5, (3, 2, 6, 5), device=device)
+    g, grid = cotangent(x, table, 3), (3, 2, 6, 5, way)
+    assert torch.autograd.gradcheck(lambda *a: hash_encode_gradient(*a, *grid), (g, x, table))
+    assert torch.autograd.gradgradcheck(lambda *a: hash_encode(*a, *grid), (x, table))
+
+
+@pytest.mark.parametrize("n, valid", [(0, None), (1, 1), (65, 0), (65, 64), (4097, 4096)])
+def test_second_order_edge_sizes(device, dtype, n, valid, rng):
+    x, table = make(rng, n, dtype=dtype, device=device)
+    count = None if valid is None else torch.tensor([valid], dtype=torch.int32, device=device)
+    check_op(*SECOND, cotangent(x, table, 4), x, table, *GRID, "smoothstep", count)
+
+
+def test_second_order_only_one_gradient(device, rng):
+    x, table = make(rng, 100, device=device)
+    g = cotangent(x, table, 4)
+    every = torch.autograd.grad(hash_encode_gradient(g, x, table, *GRID).square().sum(), (g, x))
+    (of_g,) = torch.autograd.grad(
+        hash_encode_gradient(g, x.detach(), table.detach(), *GRID).square().sum(), g
+    )
+    assert torch.equal(every[0], of_g)
+
+
+def test_second_order_half(device, rng):
+    """Features and their gradients in float16, as the first order is tested."""
+    x, table = make(rng, 300, dtype=torch.float32, device=device)
+    if not _backend.kernels(x).has_half:
+        return
+    with torch.no_grad():
+        x.mul_(2**16).round_().div_(2**16)
+    half, g = table.detach().half(), cotangent(x, table, 4).detach().half().requires_grad_()
+    got = hash_encode_gradient(g, x, table, *GRID, "smoothstep", None, half)
+    inputs = [t.detach().double().requires_grad_() for t in (g, x, half)]
+    want = reference.hash_encode_gradient(*inputs, *GRID, "smoothstep")
+    assert_close("hash_encode_second", got, want.float())
+    tangent = torch.randn_like(got)
+    grads = torch.autograd.grad(got, (g, x, table), tangent)
+    of_g, *wanted = torch.autograd.grad(want, inputs, tangent.double())
+    torch.testing.assert_close(grads[0], of_g.half(), rtol=1e-3, atol=1e-3)
+    for a, b in zip(grads[1:], wanted, strict=True):
+        assert_close("hash_encode_second", a, b.float())
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("features", [1, 2, 4, 8])
 @pytest.mark.parametrize("n, valid", [(0, None), (1543, None), (300, 70)])
@@ -131,6 +194,7 @@ def test_nan_is_propagated_and_stays_in_bounds(device, dtype, way, rng):
         x[3] = torch.tensor([math.nan, math.nan, math.nan])
         x[4] = torch.tensor([-0.1, math.nan, 1.1])  # no gradient, not even NaN, where clamped
     out = hash_encode(x, table, *GRID, way)
+    hash_encode_gradient(cotangent(x, table, 4), x, table, *GRID, way).sum().backward()
     assert out[2:5].isnan().all() and out[[0, 1, *range(5, 70)]].isfinite().all()
     check_op(*OP, x, table, *GRID, way)
 
@@ -151,7 +215,14 @@ def test_thread_count_does_not_matter(rng):
         def grads(x=x, table=table, grid=grid):
             return torch.autograd.grad(hash_encode(x, table, *grid).square().sum(), (x, table))
 
+        g = cotangent(x, table, grid[0])
+
+        def second(x=x, table=table, grid=grid, g=g):
+            gradient = hash_encode_gradient(g, x, table, *grid)
+            return torch.autograd.grad(gradient.square().sum(), (g, x, table))
+
         check_threads(grads)
+        check_threads(second)
 
 
 def test_registration(device, rng):
@@ -159,6 +230,13 @@ def test_registration(device, rng):
     count = torch.tensor([4], dtype=torch.int32, device=device)
     check_registration("hash_encode", hash_encode, x, table, *GRID, "linear", None, None)
     check_registration("hash_encode", hash_encode, x, table, *GRID, "smoothstep", count, None)
+    g = cotangent(x, table, 4)
+    inputs = g, x, table, *GRID, "smoothstep", count, None
+    torch.library.opcheck(
+        torch.ops.dreamfusion_fast.hash_encode_backward.default, (*inputs, True, True)
+    )
+    compiled = torch.compile(hash_encode_gradient, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), hash_encode_gradient(*inputs))
 
 
 X, TABLE = torch.rand(4, 3), torch.zeros(64, 2)

@@ -5,9 +5,10 @@ import pytest
 import torch
 from conftest import assert_close, check_op, check_registration, check_threads
 
-from dreamfusion_fast.ops import _backend, mlp, mlp_parameters, reference
+from dreamfusion_fast.ops import _backend, mlp, mlp_gradient, mlp_parameters, reference
 
 OP = ("mlp", mlp, reference.mlp)
+SECOND = ("mlp_second", mlp_gradient, reference.mlp_gradient)
 SHAPES = [
     ([32, 32, 4], False),
     ([32, 64, 64, 4], True),
@@ -54,6 +55,62 @@ def test_against_linear_layers(device, rng):
 def test_gradcheck(device, widths, activation, rng):
     x, params = make(rng, 4, widths, True, device=device)
     assert torch.autograd.gradcheck(lambda *a: mlp(*a, widths, activation, True), (x, params))
+
+
+def cotangent(x, widths):
+    return torch.randn(len(x), widths[-1]).to(x).requires_grad_()
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("widths, bias", SHAPES)
+def test_second_order_twin(device, dtype, widths, bias, activation, rng):
+    x, params = make(rng, 203, widths, bias, dtype, device)
+    with torch.no_grad():  # relu's kinks on the same side in the twin
+        for t in (x, params):
+            t.copy_((8 * t).round() / 8)
+    check_op(*SECOND, cotangent(x, widths), x, params, widths, activation, bias)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("widths", [[3, 2], [3, 6, 2], [2, 5, 4, 3]])
+def test_second_order_gradcheck(device, widths, activation, rng):
+    x, params = make(rng, 4, widths, True, device=device)
+    shape = widths, activation, True
+    assert torch.autograd.gradcheck(
+        lambda *a: mlp_gradient(*a, *shape), (cotangent(x, widths), x, params)
+    )
+    assert torch.autograd.gradgradcheck(lambda x: mlp(x, params.detach(), *shape), x)
+
+
+@pytest.mark.parametrize("n, valid", [(0, None), (1, 1), (129, 0), (130, 129), (1025, 1000)])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_second_order_edge_sizes(device, dtype, activation, n, valid, rng):
+    x, params = make(rng, n, [9, 16, 5], True, dtype, device)
+    count = None if valid is None else torch.tensor([valid], dtype=torch.int32, device=device)
+    check_op(*SECOND, cotangent(x, [5]), x, params, [9, 16, 5], activation, True, count)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_second_order_only_one_gradient(device, activation, rng):
+    widths = [9, 16, 12, 5]
+    x, params = make(rng, 300, widths, device=device)
+    inputs = [cotangent(x, widths), x, params]
+
+    def grads(*wanted):
+        used = [t if k in wanted else t.detach() for k, t in enumerate(inputs)]
+        out = mlp_gradient(*used, widths, activation).square().sum()
+        return torch.autograd.grad(out, [inputs[k] for k in wanted], allow_unused=True)
+
+    every = grads(0, 1, 2)
+    for k in range(3):
+        assert torch.equal(grads(k)[0], every[k])
+
+
+def test_second_order_refusals(device, rng):
+    x, params = make(rng, 5, [3, 4, 2], device=device)
+    (of_params,) = torch.autograd.grad(mlp(x, params, [3, 4, 2]).sum(), params, create_graph=True)
+    with pytest.raises(RuntimeError, match="gradient of params cannot be differentiated"):
+        of_params.sum().backward()
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 128, 129, 1024, 1025])
@@ -109,6 +166,12 @@ def test_thread_count_does_not_matter(rng):
             mlp(x, params, [9, 16, 5], "silu", True).square().sum(), (x, params)
         )
     )
+    g, shape = cotangent(x, [5]), ([9, 16, 5], "silu", True)
+    check_threads(
+        lambda: torch.autograd.grad(
+            mlp_gradient(g, x, params, *shape).square().sum(), (g, x, params)
+        )
+    )
 
 
 def test_registration(device, rng):
@@ -116,6 +179,12 @@ def test_registration(device, rng):
     count = torch.tensor([4], dtype=torch.int32, device=device)
     check_registration("mlp", mlp, x, params, [9, 16, 5], "relu", True, None, None)
     check_registration("mlp", mlp, x, params, [9, 16, 5], "silu", True, count, None)
+    inputs = cotangent(x, [5]), x, params, [9, 16, 5], "silu", True, count
+    torch.library.opcheck(
+        torch.ops.dreamfusion_fast.mlp_backward.default, (*inputs, None, True, False)
+    )
+    compiled = torch.compile(mlp_gradient, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), mlp_gradient(*inputs))
 
 
 # Widths, bias, activation, rows. With relu, no more hidden layers than leave its kinks exact.

@@ -45,6 +45,9 @@ def test_sizes():
         ("mlp_backward", True, 2 * (6 * (2 + 2 + 4) + 18) + 4 * 18),
         ("composite_forward", False, 4 * (6 * (6 + 1) + 2 * (2 + 5))),
         ("composite_backward", False, 4 * (6 * (6 + 1 + 4) + 2 * (2 + 5))),
+        # beside composite's: gradient, origin, direction, a light a view; normal, orientation
+        ("composite_lit_forward", False, 4 * (6 * (7 + 3) + 2 * (7 + 6 + 4) + 2 * 7)),
+        ("composite_lit_backward", False, 4 * (6 * (11 + 6) + 2 * (7 + 6 + 4) + 2 * 7)),
         ("occupancy_points", False, 8 * 3 * 4),
         ("occupancy_update", False, 8 * 3 * 4 + 1),
         ("adam_step", False, (16 + 18) * 7 * 4),

@@ -9,6 +9,7 @@ from test_train import Orange, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreamfusion_fast import graph
+from dreamfusion_fast.config import LossConfig
 from dreamfusion_fast.train import Trainer
 
 # What waits for the device, or makes a size of what lies there.
@@ -67,26 +68,37 @@ def test_the_guard_catches(wait):
         wait(torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("background", ["random", "environment", "grey"])
+@pytest.mark.parametrize("background", ["random", "environment", "solid", "learned"])
 @pytest.mark.parametrize("settings", [{}, {"scale": 0.0}, {"perp_neg": 1.0, "rescale": 0.5}])
 def test_a_step_never_waits(tmp_path, background, settings):
     config = tiny(steps=10, accumulate=2)
     config.render.background = background
     for name, value in settings.items():
         setattr(config.guidance, name, value)
+    config.field.coarse_levels = 2
+    some = (0.0, 0.1, 1.0)
+    config.loss = LossConfig(entropy=some, distortion=some, normal_smoothness=some)
     trainer = Trainer(config, tmp_path, Orange())
     trainer._step()
-    guard = NoSync()
-    advance = trainer.advance.function
-
-    def guarded():
-        with guard:
-            advance()
-
-    trainer.advance.function = guarded
+    guards = {}
+    for lit, captured in trainer.advance.items():
+        guards[lit] = NoSync()
+        captured.function = guarded(captured.function, guards[lit])
+    config.shading.lit = 0.0
     for trainer.step in (1, 2):
         trainer._step()
-    assert guard.calls > 100
+    config.shading.lit = 1.0
+    for trainer.step in (3, 4):
+        trainer._step()
+    assert guards[True].calls > 100 + guards[False].calls > 1000
+
+
+def guarded(function, guard):
+    def call():
+        with guard:
+            function()
+
+    return call
 
 
 def test_the_embedded_prior_never_waits(tmp_path):
@@ -95,7 +107,7 @@ def test_the_embedded_prior_never_waits(tmp_path):
     trainer = Trainer(preset("toybox", prompt="a red car", steps=3), tmp_path)
     trainer._step()
     with NoSync() as guard:
-        trainer._advance()
+        trainer._advance(True)
     assert guard.calls > 500
 
 
@@ -143,7 +155,7 @@ def test_gradient_accumulation_is_a_larger_batch(tmp_path):
     for parts in (draws, draws[:1], draws[1:]):
         trainer.optimizer.zero_grad()
         for draw in parts:
-            trainer._accumulate(draw)
+            trainer._accumulate(draw, True)
         gradients.append([p.grad.clone() for p in trainer.renderer.field.parameters()])
     for both, a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(both, a + b)

@@ -103,13 +103,42 @@ def test_exemplar_recovers_a_single_picture(rng):
 
 def test_exemplar_sees_the_object_from_the_camera(rng):
     guide = exemplar.ExemplarGuidance()
-    guide.embed(["a blue cube"])
+    guide.embed(["a blue cube, front view"])
     background = torch.tensor([[1.0, 0.0, 0.0]]).expand(2, 3)
     guide.set_cameras(camera.orbit([0.0, 180.0], 0.0, 1.4, 1.0), background, rng)
     pictures = guide.pictures.view(2, 3, 3, 64, 64) / 2 + 0.5
     torch.testing.assert_close(pictures[:, :, :, 0, 0], background[:, None].expand(2, 3, 3))
     middle = pictures[:, 0, :, 32, 32]
     torch.testing.assert_close(middle, torch.tensor([world.COLOURS["blue"]] * 2))
+
+
+def test_exemplar_without_view_words_looks_from_all_around(rng):
+    guide = exemplar.ExemplarGuidance(lights=0)
+    guide.embed(["a red car"])
+    background, one = torch.rand(1, 3, generator=rng), camera.orbit([0.0], 10.0, 1.4, 1.0)
+    guide.set_cameras(one, background, rng)
+    around = guide.pictures
+    assert around.shape == (1, exemplar.AROUND, 3 * 64 * 64)
+    guide.embed(["a red car, front view"])
+    for k in (0, 2):
+        guide.set_cameras(camera.turned(one, 360.0 * k / exemplar.AROUND), background, rng)
+        torch.testing.assert_close(guide.pictures[:, 0], around[:, k])
+    assert (around[:, 0] - around[:, 3]).square().mean() > 0.01
+
+
+def test_exemplar_is_lit_as_the_view_is(rng):
+    guide, one = exemplar.ExemplarGuidance(lights=0), camera.orbit([0.0], 0.0, 1.4, 1.0)
+    guide.embed(["a blue cube, front view"])
+    background, blue = torch.zeros(1, 3), torch.tensor(world.COLOURS["blue"])
+    rows = {
+        (2.0, 0.0, 0.0, 0.1, 0.9, 1.0, 0.0): blue,  # from the front
+        (-2.0, 0.0, 0.0, 0.1, 0.9, 1.0, 0.0): 0.1 * blue,  # from behind
+        (2.0, 0.0, 0.0, 0.1, 0.9, 0.0, 0.6): torch.full((3,), 0.6),  # textureless
+    }
+    for row, want in rows.items():
+        guide.set_cameras(one, background, rng, torch.tensor([row]))
+        middle = guide.pictures.view(3, 64, 64)[:, 32, 32] / 2 + 0.5
+        torch.testing.assert_close(middle, want, rtol=0, atol=0.02)
 
 
 def test_exemplar_needs_a_colour():
@@ -163,7 +192,7 @@ def test_prior_refuses_what_it_cannot_mean(prior, text, message):
 
 def test_exemplar_needs_the_background_that_it_renders(tmp_path):
     config = preset("exemplar", prompt="a red car")
-    config.render.background = "grey"
+    config.render.background = "solid"
     with pytest.raises(ValueError, match="`background`: expected random for a guidance that must"):
         Trainer(config, tmp_path)
 

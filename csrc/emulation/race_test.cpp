@@ -73,6 +73,14 @@ template <class T> void composite() {
   a.grad_sigma = numbers<T>(77), a.grad_rgb = numbers<T>(3 * 77);
   a.grad_t = numbers<T>(77), a.grad_dt = numbers<T>(77);
   RUN(composite_backward, a);
+  LitArgs<T>& lit = a.lit;
+  lit.gradient = numbers<T>(3 * 77), lit.rays_o = numbers<T>(3 * 5), lit.rays_d = numbers<T>(3 * 5);
+  lit.shading = numbers<T>(SHADING), lit.rays_per_view = 5;
+  lit.normal = numbers<T>(3 * 5), lit.orientation = numbers<T>(5);
+  RUN(composite_lit_forward, a);
+  lit.grad_normal = numbers<T>(3 * 5), lit.grad_orientation = numbers<T>(5);
+  lit.grad_gradient = numbers<T>(3 * 77);
+  RUN(composite_lit_backward, a);
 }
 
 template <class T> void frequency_encode() {
@@ -83,6 +91,8 @@ template <class T> void frequency_encode() {
   a.grad_x = numbers<T>(3 * 45), a.grad_variance = numbers<T>(45);
   RUN(frequency_encode_forward, a);
   RUN(frequency_encode_backward, a);
+  a.u = numbers<T>(3 * 45), a.q = numbers<T>(45), a.grad_grad_out = numbers<T>(24 * 45);
+  RUN(frequency_encode_second, a);
 }
 
 template <class T> void hash_encode(int features) {
@@ -96,6 +106,8 @@ template <class T> void hash_encode(int features) {
   a.grad_table = numbers<Wide<T>>(32 * features);
   RUN(hash_encode_forward, a);
   RUN(hash_encode_backward, a);
+  a.tangent = numbers<Wide<T>>(3 * 40);
+  RUN(hash_encode_second, a);
 }
 
 template <class T> void marching(int capacity) {
@@ -120,9 +132,13 @@ template <class T> void mlp(bool silu, std::initializer_list<int> widths) {
   a.x = numbers<T>(70 * inputs), a.params = numbers<T>(parameters), a.out = numbers<T>(70 * outputs);
   a.grad_out = numbers<T>(70 * outputs), a.grad_x = numbers<T>(70 * inputs);
   a.grad_params = numbers<Wide<T>>(parameters);
-  a.workspace = numbers<Wide<T>>(mlp_workspace<T>(a.shape, a.n, true));
+  a.workspace = numbers<Wide<T>>(mlp_workspace<T>(a.shape, a.n, true, true));
   RUN(mlp_forward, a);
   RUN(mlp_backward, a);
+  if constexpr (!std::is_same_v<T, half>) {
+    a.tangent = numbers<T>(70 * inputs);
+    RUN(mlp_second, a);
+  }
 }
 
 template <class T> void occupancy() {

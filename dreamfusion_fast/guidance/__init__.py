@@ -4,7 +4,9 @@ An object that guides has `embed(prompts)`, `encode(image)`, `predict(z_t, t, em
 `alphas_cumprod` and `image_size`; it needs no base class. `predict` returns noise, or what
 `prediction_type` says. It may also have: `dtype` and `channels_last`, of the z_t that it wants;
 `resizes`, if encode takes pictures of any size; `release_text()`, called when all prompts are
-embedded; `set_cameras(cameras, background, generator)`, called before each prediction.
+embedded; `set_cameras(cameras, background, generator, shading)`, called before each prediction;
+`textureless_prompt(prompt)`, the text for textureless views. One that is no diffusion model has
+`gradient(image, embedding)` in place of `predict` and `alphas_cumprod`.
 """
 
 from __future__ import annotations
@@ -31,9 +33,11 @@ def load(
     compile: bool = False,
     low_memory: bool = False,
     tiny_vae: str | None = None,
+    model: str | None = None,
 ):
     """The guidance called `name`: "toybox" (the embedded prior), "exemplar" (the toybox's exact
-    score), a name of HUB, or the folder or hub name of a diffusers text-to-image pipeline.
+    score), "clip" (Dream Fields by the CLIP `model`, or the embedded scorer), a name of HUB, or the
+    folder or hub name of a diffusers text-to-image pipeline.
 
     dtype: fp32, fp16, bf16, or auto: fp16 on CUDA, fp32 elsewhere. tiny_vae: the folder or hub name
     of an AutoencoderTiny that takes the place of a latent pipeline's VAE. The rest as in
@@ -43,6 +47,10 @@ def load(
 
     if name == "exemplar":
         return toybox.ExemplarGuidance(device)
+    if name == "clip":
+        from .clip import ClipGuidance
+
+        return ClipGuidance(model, device)
     if dtype == "auto":
         dtype = "fp16" if torch.device(device).type == "cuda" else "fp32"
     options = {"dtype": dtype, "size": size, "compile": compile, "low_memory": low_memory}

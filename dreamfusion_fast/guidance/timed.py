@@ -19,15 +19,21 @@ class Timed:
         return getattr(self.guide, name)
 
     def predict(self, z_t: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
+        return self._counted(self.guide.predict, z_t, t, embedding)
+
+    def gradient(self, image: Tensor, embedding: Tensor) -> Tensor:
+        return self._counted(self.guide.gradient, image, embedding)
+
+    def _counted(self, call, x: Tensor, *rest) -> Tensor:
         self.calls += 1
-        if not z_t.is_cuda:
-            return self._timed(self.guide.predict, z_t, t, embedding)
+        if not x.is_cuda:
+            return self._timed(call, x, *rest)
         if torch.cuda.is_current_stream_capturing():
             self.calls -= 1
-            return self.guide.predict(z_t, t, embedding)
+            return call(x, *rest)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        result = self.guide.predict(z_t, t, embedding)
+        result = call(x, *rest)
         end.record()
         self.events.append((begin, end))
         return result

@@ -6,11 +6,11 @@ Every op has a plain-torch twin of the same name in `reference`: the specificati
 # One line a stem, alphabetical; in __all__ one line an op.
 from ._backend import has_half
 from .adam import Adam, adam_step
-from .composite import composite
-from .frequency_encode import frequency_encode
-from .hash_encode import hash_encode, hash_table_rows
+from .composite import composite, composite_lit
+from .frequency_encode import frequency_encode, frequency_encode_gradient
+from .hash_encode import hash_encode, hash_encode_gradient, hash_table_rows
 from .march import Samples, march
-from .mlp import mlp, mlp_parameters
+from .mlp import mlp, mlp_gradient, mlp_parameters
 from .occupancy import occupancy_points, occupancy_update
 from .rays import generate_rays, ray_box_intersect, ray_sphere_intersect
 from .spherical_harmonics import spherical_harmonics
@@ -20,13 +20,17 @@ __all__ = [
     "Samples",
     "adam_step",
     "composite",
+    "composite_lit",
     "frequency_encode",
+    "frequency_encode_gradient",
     "generate_rays",
     "has_half",
     "hash_encode",
+    "hash_encode_gradient",
     "hash_table_rows",
     "march",
     "mlp",
+    "mlp_gradient",
     "mlp_parameters",
     "occupancy_points",
     "occupancy_update",

@@ -36,15 +36,46 @@ def frequency_encode(
         variance: (N,) dtype of x, at least 0, of every coordinate of the row; None: 0.
         count: (1,) int32 on the same device, number of valid rows; the others are zero.
     Returns:
-        (N, 2 L D), dtype of x; differentiable once with respect to x and variance.
+        (N, 2 L D), dtype of x; differentiable twice with respect to x and variance.
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device, layout or range is wrong.
     """
+    _check(x, n_frequencies, variance, count)
+    return torch.ops.dreamfusion_fast.frequency_encode(x, n_frequencies, variance, count)
+
+
+def frequency_encode_gradient(
+    grad_out: torch.Tensor,
+    x: torch.Tensor,
+    n_frequencies: int,
+    variance: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The gradient of x, given that of frequency_encode(x, ...): of coordinate d, with a and b the
+    gradients of its sines and cosines, the sum over l of
+    2^l exp(-4^l variance / 2) (a_l cos(2^l x_d) - b_l sin(2^l x_d)).
+
+    Args:
+        grad_out: (N, 2 L D), dtype of x, on the same device.
+        x, n_frequencies, variance, count: frequency_encode's.
+    Returns:
+        (N, D), dtype of x; differentiable once with respect to grad_out, x and variance.
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, device, layout or range is wrong.
+    """
+    _check(x, n_frequencies, variance, count)
+    shape = (x.shape[0], 2 * n_frequencies * x.shape[1])
+    check_tensor("grad_out", grad_out, x.dtype, shape, x.device)
+    return torch.ops.dreamfusion_fast.frequency_encode_backward(
+        grad_out, x, n_frequencies, variance, count
+    )[0]
+
+
+def _check(x, n_frequencies, variance, count) -> None:
     check_tensor("x", x, shape=("N", "D"))
     check_range("n_frequencies", n_frequencies, 1, 24)
     check_tensor("variance", variance, x.dtype, (x.shape[0],), x.device, optional=True)
     check_count(count, x.device)
-    return torch.ops.dreamfusion_fast.frequency_encode(x, n_frequencies, variance, count)
 
 
 def _empty(x, n_frequencies, variance, count):
@@ -87,6 +118,41 @@ def _differentiate(ctx, grad_out):
     return grad_x, None, None if variance is None else grad_variance, None
 
 
+def _empty_seconds(u, q, grad_out, x, n_frequencies, variance, count, wanted):
+    pairs = zip((grad_out, x, variance), wanted, strict=True)
+    return tuple(torch.empty_like(t) if w else x.new_empty(0) for t, w in pairs)
+
+
+def _second(u, q, grad_out, x, n_frequencies, variance, count, wanted):
+    out = _empty_seconds(u, q, grad_out, x, n_frequencies, variance, count, wanted)
+    kernels(x).frequency_encode_second(
+        scalar(x), ptr(x), ptr(variance), ptr(grad_out), ptr(u), ptr(q),
+        *(ptr(t) if w else 0 for t, w in zip(out, wanted, strict=True)), ptr(count), *x.shape,
+        n_frequencies, stream(x),
+    )  # fmt: skip
+    return out
+
+
+def _save_backward(ctx, inputs, output):
+    grad_out, x, ctx.n_frequencies, variance, count = inputs
+    ctx.save_for_backward(grad_out, x, variance, count)
+    ctx.set_materialize_grads(False)  # mostly only grad_x is used
+
+
+def _differentiate_backward(ctx, u, q):
+    grad_out, x, variance, count = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    grads = torch.ops.dreamfusion_fast.frequency_encode_second(
+        None if u is None else u.contiguous(),
+        None if q is None or variance is None else q.contiguous(),
+        grad_out, x, ctx.n_frequencies, variance, count, wanted,
+    )  # fmt: skip
+    grad_grad_out, grad_x, grad_variance = (
+        g if w else None for g, w in zip(grads, wanted, strict=True)
+    )
+    return grad_grad_out, grad_x, None, grad_variance, None
+
+
 register(
     "frequency_encode(Tensor x, SymInt n_frequencies, Tensor? variance, Tensor? count) -> Tensor",
     _forward,
@@ -98,4 +164,13 @@ register(
     _backward,
     _empty_grads,
 )
+# u, q: gradients of frequency_encode_backward's results. Results: of grad_out, x and variance, each
+# empty unless wanted.
+register(
+    "frequency_encode_second(Tensor? u, Tensor? q, Tensor grad_out, Tensor x, SymInt n_frequencies,"
+    " Tensor? variance, Tensor? count, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+    _second,
+    _empty_seconds,
+)
 register_backward("frequency_encode", _differentiate, _save)
+register_backward("frequency_encode_backward", _differentiate_backward, _save_backward)

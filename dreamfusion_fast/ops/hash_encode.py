@@ -87,13 +87,62 @@ def hash_encode(
         table_half: float16 copy of table, CUDA only, with float32 x and table. It is read in
             table's place, and the gradients are those at its values.
     Returns:
-        (N, L F), dtype of x or, with table_half, float16; level by level; differentiable once
+        (N, L F), dtype of x or, with table_half, float16; level by level; differentiable twice
         with respect to x and table.
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device, layout or range is wrong.
     """
+    _check(
+        x, table, n_levels, base_resolution, finest_resolution, log2_table_size, interpolation,
+        count, table_half,
+    )  # fmt: skip
+    return torch.ops.dreamfusion_fast.hash_encode(
+        x, table, n_levels, base_resolution, finest_resolution, log2_table_size, interpolation,
+        count, table_half,
+    )  # fmt: skip
+
+
+def hash_encode_gradient(
+    grad_out: torch.Tensor,
+    x: torch.Tensor,
+    table: torch.Tensor,
+    n_levels: int,
+    base_resolution: int,
+    finest_resolution: int,
+    log2_table_size: int,
+    interpolation: str = "linear",
+    count: torch.Tensor | None = None,
+    table_half: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The gradient of x, given that of `hash_encode`'s output: Jᵀ grad_out, J = ∂ out / ∂ x.
+
+    What torch.autograd.grad(out, x, grad_out, create_graph=True) gives, without the gradient of
+    the table that autograd would compute beside it.
+
+    Args:
+        grad_out: (N, L F), dtype of hash_encode's output.
+        x, ...: as for `hash_encode`.
+    Returns:
+        (N, 3), dtype of x; differentiable once with respect to grad_out, x and table.
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, device, layout or range is wrong.
+    """
+    _check(
+        x, table, n_levels, base_resolution, finest_resolution, log2_table_size, interpolation,
+        count, table_half,
+    )  # fmt: skip
+    dtype = x.dtype if table_half is None else torch.float16
+    shape = x.shape[0], n_levels * table.shape[1]
+    check_tensor("grad_out", grad_out, dtype, shape, x.device)
+    return torch.ops.dreamfusion_fast.hash_encode_backward(
+        grad_out, x, table, n_levels, base_resolution, finest_resolution, log2_table_size,
+        interpolation, count, table_half, True, False,
+    )[0]  # fmt: skip
+
+
+def _check(x, table, n_levels, base, finest, log2_size, interpolation, count, table_half):
     check_tensor("x", x, shape=("N", 3))
-    _, offsets = hash_table_rows(n_levels, base_resolution, finest_resolution, log2_table_size)
+    _, offsets = hash_table_rows(n_levels, base, finest, log2_size)
     check_tensor("table", table, x.dtype, (offsets[-1], "F"), x.device)
     if table.shape[1] not in (1, 2, 4, 8):
         raise ValueError(f"argument `table`: expected 1, 2, 4 or 8 columns, got {table.shape[1]}")
@@ -104,10 +153,6 @@ def hash_encode(
     check_count(count, x.device)
     if table_half is not None:
         _check_half(table_half, x, table)
-    return torch.ops.dreamfusion_fast.hash_encode(
-        x, table, n_levels, base_resolution, finest_resolution, log2_table_size, interpolation,
-        count, table_half,
-    )  # fmt: skip
 
 
 def _check_half(table_half, x, table):
@@ -165,6 +210,34 @@ def _backward(
     return grad_x, grad_table
 
 
+def _empty_second(
+    tangent, grad_out, x, table, n_levels, base, finest, log2_size, interpolation, count,
+    table_half, needs_grad_out, needs_x, needs_table,
+):  # fmt: skip
+    wanted = (grad_out, needs_grad_out), (x, needs_x), (table, needs_table)
+    return tuple(torch.empty_like(t) if needed else t.new_empty(0) for t, needed in wanted)
+
+
+def _second(
+    tangent, grad_out, x, table, n_levels, base, finest, log2_size, interpolation, count,
+    table_half, needs_grad_out, needs_x, needs_table,
+):  # fmt: skip
+    needs = needs_grad_out, needs_x, needs_table
+    grads = _empty_second(
+        tangent, grad_out, x, table, n_levels, base, finest, log2_size, interpolation, count,
+        table_half, *needs,
+    )  # fmt: skip
+    features = table.shape[1]
+    table, grad_out = _aligned(table if table_half is None else table_half), _aligned(grad_out)
+    kernels(x).hash_encode_second(
+        scalar(table), *map(ptr, (x, table, grad_out, tangent)),
+        *(ptr(t) if needed else 0 for t, needed in zip(grads, needs)), ptr(count), x.shape[0],
+        n_levels, features, interpolation == "smoothstep",
+        *hash_table_rows(n_levels, base, finest, log2_size), stream(x),
+    )  # fmt: skip
+    return grads
+
+
 def _save(ctx, inputs, output):
     x, table, *ctx.settings, count, table_half = inputs
     ctx.save_for_backward(x, table, count, table_half)
@@ -180,6 +253,36 @@ def _differentiate(ctx, grad_out):
     return *grads, *[None] * 7
 
 
+def _save_backward(ctx, inputs, output):
+    grad_out, x, table, *ctx.settings, count, table_half, ctx.needs_x, ctx.needs_table = inputs
+    ctx.save_for_backward(grad_out, x, table, count, table_half)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_backward(ctx, tangent, table_tangent):
+    """The derivatives of ⟨grad_x, tangent⟩ + ⟨grad_table, table_tangent⟩: the latter is
+    ⟨hash_encode(x, table_tangent), grad_out⟩."""
+    grad_out, x, table, count, table_half = ctx.saved_tensors
+    needs, rest = ctx.needs_input_grad[:3], (*ctx.settings, count)
+    ops, grads = torch.ops.dreamfusion_fast, [None] * 3
+    if tangent is not None and ctx.needs_x:
+        second = ops.hash_encode_second(
+            tangent.contiguous(), grad_out, x, table, *rest, table_half, *needs
+        )
+        grads = [g if needed else None for g, needed in zip(second, needs)]
+    if table_tangent is not None and ctx.needs_table:
+        table_tangent = table_tangent.contiguous()
+        if needs[0]:
+            found = ops.hash_encode(x, table_tangent, *rest, None).to(grad_out.dtype)
+            grads[0] = found if grads[0] is None else grads[0] + found
+        if needs[1]:
+            found, _ = ops.hash_encode_backward(
+                grad_out.to(x.dtype), x, table_tangent, *rest, None, True, False
+            )
+            grads[1] = found if grads[1] is None else grads[1] + found
+    return *grads, *[None] * 9
+
+
 register(
     "hash_encode(Tensor x, Tensor table, SymInt n_levels, SymInt base_resolution,"
     " SymInt finest_resolution, SymInt log2_table_size, str interpolation, Tensor? count,"
@@ -187,12 +290,21 @@ register(
     _forward,
     _empty,
 )
+_INPUTS = (
+    "Tensor grad_out, Tensor x, Tensor table, SymInt n_levels, SymInt base_resolution,"
+    " SymInt finest_resolution, SymInt log2_table_size, str interpolation, Tensor? count,"
+    " Tensor? table_half"
+)
 register(
-    "hash_encode_backward(Tensor grad_out, Tensor x, Tensor table, SymInt n_levels,"
-    " SymInt base_resolution, SymInt finest_resolution, SymInt log2_table_size,"
-    " str interpolation, Tensor? count, Tensor? table_half, bool needs_x, bool needs_table)"
-    " -> (Tensor, Tensor)",
+    f"hash_encode_backward({_INPUTS}, bool needs_x, bool needs_table) -> (Tensor, Tensor)",
     _backward,
     _empty_grads,
 )
+register(
+    f"hash_encode_second(Tensor tangent, {_INPUTS}, bool needs_grad_out, bool needs_x,"
+    " bool needs_table) -> (Tensor, Tensor, Tensor)",
+    _second,
+    _empty_second,
+)
 register_backward("hash_encode", _differentiate, _save)
+register_backward("hash_encode_backward", _differentiate_backward, _save_backward)

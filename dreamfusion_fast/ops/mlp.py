@@ -68,10 +68,45 @@ def mlp(
         params_half: float16 copy of params, with float16 x only. It is read in place of params,
             which receives the gradient: keep the two equal (Adam's half_copies do).
     Returns:
-        (N, outputs), dtype of x; differentiable once with respect to x and params.
+        (N, outputs), dtype of x; differentiable with respect to x and params, and once more
+        through the gradient of x (not through that of params, nor in float16).
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device, layout or range is wrong.
     """
+    _check(x, params, widths, activation, bias, count, params_half)
+    return torch.ops.dreamfusion_fast.mlp(x, params, widths, activation, bias, count, params_half)
+
+
+def mlp_gradient(
+    grad_out: torch.Tensor,
+    x: torch.Tensor,
+    params: torch.Tensor,
+    widths: list[int],
+    activation: str = "relu",
+    bias: bool = False,
+    count: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The gradient of x, given that of `mlp`'s output.
+
+    What torch.autograd.grad(out, x, grad_out, create_graph=True) gives, without the gradient of
+    params that autograd would compute beside it.
+
+    Args:
+        grad_out: (N, outputs) like x.
+        x, ...: as for `mlp`, float32 or float64.
+    Returns:
+        (N, inputs), dtype of x; differentiable once with respect to grad_out, x and params.
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, device, layout or range is wrong.
+    """
+    _check(x, params, widths, activation, bias, count, None)
+    check_tensor("grad_out", grad_out, x.dtype, (x.shape[0], widths[-1]), x.device)
+    return torch.ops.dreamfusion_fast.mlp_backward(
+        grad_out, x, params, widths, activation, bias, count, None, True, False
+    )[0]
+
+
+def _check(x, params, widths, activation, bias, count, params_half):
     n_params = mlp_parameters(widths, bias)
     check_tensor("x", x, FLOATS if params_half is None else torch.float16, ("N", widths[0]))
     if params_half is None:
@@ -86,7 +121,6 @@ def mlp(
     if activation not in ("relu", "silu"):
         raise ValueError(f'argument `activation`: expected "relu" or "silu", got "{activation}"')
     check_count(count, x.device)
-    return torch.ops.dreamfusion_fast.mlp(x, params, widths, activation, bias, count, params_half)
 
 
 def _empty(x, params, widths, activation, bias, count, params_half):
@@ -122,7 +156,7 @@ def _backward(
         grad_out, x, params, widths, activation, bias, count, params_half, needs_x, needs_params
     )
     shape = widths, bias, activation == "silu"
-    size = kernels(x).mlp_workspace(scalar(x), x.shape[0], *shape, needs_params)
+    size = kernels(x).mlp_workspace(scalar(x), x.shape[0], *shape, needs_params, False)
     workspace = params.new_empty(size)
     kernels(x).mlp_backward(
         scalar(x), ptr(x), ptr(params if params_half is None else params_half), ptr(grad_out),
@@ -130,6 +164,33 @@ def _backward(
         ptr(count), x.shape[0], *shape, stream(x),
     )  # fmt: skip
     return grad_x, grad_params
+
+
+def _empty_second(
+    tangent, grad_out, x, params, widths, activation, bias, count, needs_grad_out, needs_x,
+    needs_params,
+):  # fmt: skip
+    wanted = (grad_out, needs_grad_out), (x, needs_x), (params, needs_params)
+    return tuple(torch.empty_like(t) if needed else t.new_empty(0) for t, needed in wanted)
+
+
+def _second(
+    tangent, grad_out, x, params, widths, activation, bias, count, needs_grad_out, needs_x,
+    needs_params,
+):  # fmt: skip
+    needs = needs_grad_out, needs_x, needs_params
+    grads = _empty_second(
+        tangent, grad_out, x, params, widths, activation, bias, count, *needs
+    )  # fmt: skip
+    shape = widths, bias, activation == "silu"
+    size = kernels(x).mlp_workspace(scalar(x), x.shape[0], *shape, needs_params, True)
+    workspace = x.new_empty(size)
+    kernels(x).mlp_second(
+        scalar(x), *map(ptr, (x, params, grad_out, tangent)),
+        *(ptr(t) if needed else 0 for t, needed in zip(grads, needs)), ptr(workspace), ptr(count),
+        x.shape[0], *shape, stream(x),
+    )  # fmt: skip
+    return grads
 
 
 def _save(ctx, inputs, output):
@@ -147,17 +208,51 @@ def _differentiate(ctx, grad_out):
     return *grads, *[None] * 5
 
 
+def _save_backward(ctx, inputs, output):
+    grad_out, x, params, *ctx.settings, count, params_half, needs_x, needs_params = inputs
+    ctx.made = needs_x, needs_params
+    ctx.save_for_backward(grad_out, x, params, count)
+    ctx.half = params_half is not None
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_backward(ctx, tangent, params_tangent):
+    """The derivatives of ⟨grad_x, tangent⟩."""
+    if params_tangent is not None and ctx.made[1]:
+        raise RuntimeError("mlp: the gradient of params cannot be differentiated, that of x can")
+    if ctx.half:
+        raise RuntimeError("mlp: in float16 it can be differentiated once")
+    if tangent is None or not ctx.made[0]:
+        return (None,) * 10
+    grad_out, x, params, count = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    second = torch.ops.dreamfusion_fast.mlp_second(
+        tangent.contiguous(), grad_out, x, params, *ctx.settings, count, *needs
+    )
+    return *(g if needed else None for g, needed in zip(second, needs)), *[None] * 7
+
+
 register(
     "mlp(Tensor x, Tensor params, SymInt[] widths, str activation, bool bias, Tensor? count,"
     " Tensor? params_half) -> Tensor",
     _forward,
     _empty,
 )
+_INPUTS = (
+    "Tensor grad_out, Tensor x, Tensor params, SymInt[] widths, str activation, bool bias,"
+    " Tensor? count"
+)
 register(
-    "mlp_backward(Tensor grad_out, Tensor x, Tensor params, SymInt[] widths, str activation,"
-    " bool bias, Tensor? count, Tensor? params_half, bool needs_x, bool needs_params)"
+    f"mlp_backward({_INPUTS}, Tensor? params_half, bool needs_x, bool needs_params)"
     " -> (Tensor, Tensor)",
     _backward,
     _empty_grads,
 )
+register(
+    f"mlp_second(Tensor tangent, {_INPUTS}, bool needs_grad_out, bool needs_x, bool needs_params)"
+    " -> (Tensor, Tensor, Tensor)",
+    _second,
+    _empty_second,
+)
 register_backward("mlp", _differentiate, _save)
+register_backward("mlp_backward", _differentiate_backward, _save_backward)

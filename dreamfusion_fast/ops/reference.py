@@ -39,6 +39,13 @@ def mask_rows(x: torch.Tensor, count: torch.Tensor | None) -> torch.Tensor:
     return torch.where(valid.reshape(-1, *[1] * (x.ndim - 1)), x, 0.0)
 
 
+def gradient_of(function, grad_out, x):
+    """The gradient of x given that of function(x), itself differentiable."""
+    with torch.enable_grad():
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        return torch.autograd.grad(function(x), x, grad_out, create_graph=True)[0]
+
+
 # ---- rays ---------------------------------------------------------------------------------------
 def generate_rays(c2w, focal, height, width):
     """Pixel (row i, column j) looks along R ((j + 1/2 - W/2)/f, -(i + 1/2 - H/2)/f, -1),
@@ -118,18 +125,62 @@ def adam_step(
 def composite(sigma, rgb, t, dt, packed, early_stop=0.0):
     """Weights T alpha, T the product of what the samples in front let through, on a table with a
     row for each ray, and sums of what they weigh."""
-    samples, (start, count) = len(sigma), packed.long().unbind(-1)
-    start = start.clamp(0, samples)
-    count = count.clamp(min=0).minimum(samples - start)
-    column = torch.arange(int(count.max()) if len(count) else 0, device=sigma.device)
-    inside = column < count[:, None]
-    rows = torch.where(inside, start[:, None] + column, samples)  # `samples`: no such row
-    s, t, rgb = (torch.cat((x, x.new_zeros(1, *x.shape[1:])))[rows] for x in (sigma * dt, t, rgb))
+    samples, rows = len(sigma), _rows_of_rays(packed, len(sigma))
+    s, t, rgb = (_with_no_row(x)[rows] for x in (sigma * dt, t, rgb))
     behind = (-s).exp().cumprod(1)
     T = torch.cat((torch.ones_like(behind[:, :1]), behind[:, :-1]), 1)
-    w = torch.where(inside & ~(T < early_stop), T * -torch.expm1(-s), 0.0)
+    w = torch.where((rows < samples) & ~(T < early_stop), T * -torch.expm1(-s), 0.0)
     weights = sigma.new_zeros(samples + 1).index_put((rows,), w)[:-1]
     return (w[..., None] * rgb).sum(1), w.sum(1), (w * t).sum(1), weights
+
+
+def _rows_of_rays(packed, samples):
+    """The rows of each ray (R, longest), filled up with `samples`: no such row."""
+    start, count = packed.long().unbind(-1)
+    start = start.clamp(0, samples)
+    count = count.clamp(min=0).minimum(samples - start)[:, None]
+    column = torch.arange(int(count.max()) if len(count) else 0, device=packed.device)
+    return torch.where(column < count, start[:, None] + column, samples)
+
+
+def _with_no_row(x):
+    return torch.cat((x, x.new_zeros(1, *x.shape[1:])))
+
+
+NORMAL_EPS = 1e-3  # per scene unit
+
+
+def normals(gradient):
+    """-g / sqrt(|g|² + EPS²): against the gradient, of length 1, or 0 where there is none."""
+    return -gradient * (gradient.square().sum(-1, keepdim=True) + NORMAL_EPS**2).rsqrt()
+
+
+def shade(albedo, normal, positions, shading):
+    """(k albedo + b) (a + d max(0, n · to_light)) for rows l, a, d, k, b of each position."""
+    light, ambient, diffuse, texture, base = shading.split((3, 1, 1, 1, 1), -1)
+    way = light - positions
+    length = way.norm(dim=-1, keepdim=True)
+    to_light = way / torch.where(length == 0, 1.0, length)
+    facing = (normal * to_light).sum(-1, keepdim=True)
+    return (texture * albedo + base) * (ambient + diffuse * facing.relu())
+
+
+def composite_lit(
+    sigma, albedo, gradient, t, dt, packed, rays_o, rays_d, shading, early_stop=0.0
+):  # fmt: skip
+    """Shade each sample by its ray's row, then composite colours, normals and penalties."""
+    rows, view = _rows_of_rays(packed, len(sigma)), len(packed) // len(shading)
+    ray = torch.full((len(sigma) + 1,), len(packed), device=sigma.device)
+    ray[rows] = torch.arange(len(packed), device=sigma.device)[:, None]
+    per_ray = rays_o, rays_d, shading.repeat_interleave(view, 0)
+    o, d, light = (_with_no_row(x.detach())[ray[:-1]] for x in per_ray)
+    normal = normals(gradient)
+    colour = shade(albedo, normal, o + t.detach()[:, None] * d, light)
+    out = composite(sigma, torch.cat((colour, normal), -1), t, dt, packed, early_stop)
+    against = (normal * d).sum(-1, keepdim=True).relu().square()
+    constant = (x.detach() for x in (t, dt))
+    orientation = composite(sigma.detach(), against, *constant, packed, early_stop)[0]
+    return out[0][:, :3], *out[1:], out[0][:, 3:], orientation[:, 0]
 
 
 # ---- frequency_encode ---------------------------------------------------------------------------
@@ -143,6 +194,15 @@ def frequency_encode(x, n_frequencies, variance=None, count=None):
         damping = (-0.5 * scale**2 * mask_rows(variance, count)[:, None]).exp()
         out = out * damping.repeat_interleave(x.shape[1], -1).repeat(1, 2)
     return mask_rows(out, count)
+
+
+def frequency_encode_gradient(grad_out, x, n_frequencies, variance=None, count=None):
+    """Sines turn into cosines, cosines into minus sines, times 2^l."""
+    sine, cosine = frequency_encode(x, n_frequencies, variance, count).chunk(2, -1)
+    grad_sine, grad_cosine = mask_rows(grad_out, count).chunk(2, -1)
+    scale = 2.0 ** torch.arange(n_frequencies, dtype=x.dtype, device=x.device)
+    terms = (grad_sine * cosine - grad_cosine * sine).unflatten(1, (n_frequencies, x.shape[1]))
+    return (scale[:, None] * terms).sum(1)
 
 
 # ---- hash_encode --------------------------------------------------------------------------------
@@ -171,6 +231,10 @@ def hash_encode(
             features = features + (parts[0] * parts[1] * parts[2])[:, None] * table[start + row]
         out.append(features)
     return mask_rows(torch.cat(out, -1), count)
+
+
+def hash_encode_gradient(grad_out, x, table, *layout, **options):
+    return gradient_of(lambda x: hash_encode(x, table, *layout, **options), grad_out, x)
 
 
 # ---- march --------------------------------------------------------------------------------------
@@ -216,6 +280,10 @@ def mlp(x, params, widths, activation="relu", bias=False, count=None):
         h = torch.nn.functional.linear(h, weight, params[start : start + n_out] if bias else None)
         start += n_out * bias
     return mask_rows(h, count)
+
+
+def mlp_gradient(grad_out, x, params, *shape, **options):
+    return gradient_of(lambda x: mlp(x, params, *shape, **options), grad_out, x)
 
 
 # ---- occupancy ----------------------------------------------------------------------------------

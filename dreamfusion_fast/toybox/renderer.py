@@ -75,19 +75,22 @@ def shade(
     background: Tensor,
     light: Tensor,
     ambient: Tensor,
+    diffuse: Tensor | None = None,
 ) -> Tensor:
     """Lambertian shading (paper, section 3.1) at trace resolution, then a 2x2 box filter.
 
     part (B, H, W) uint8; normal (B, H, W, 3) int8; points (B, H, W, 3); palettes (B, 256, 3) in
     [0, 1]; background (B, H, W, 3) or broadcastable; light (B, 3) position; ambient (B,) in [0, 1]:
-    1 renders albedo alone, 0.1 the paper's lit mode. Returns images (B, 3, H/2, W/2) in [0, 1].
+    1 renders albedo alone, 0.1 the paper's lit mode; diffuse (B,), by default the rest to 1.
+    Returns images (B, 3, H/2, W/2) in [0, 1].
     """
     b = torch.arange(len(part))[:, None, None]
     albedo = palettes[b, part.long()]
     n = normal.to(albedo.dtype) / 127
     to_light = F.normalize(light[:, None, None] - points, dim=-1)
-    diffuse = (n * to_light).sum(-1, keepdim=True).clamp_min(0.0)
-    a = ambient[:, None, None, None]
-    lit = albedo * (a + (1.0 - a) * diffuse)
+    facing = (n * to_light).sum(-1, keepdim=True).clamp_min(0.0)
+    strengths = ambient, 1.0 - ambient if diffuse is None else diffuse
+    a, d = (x[:, None, None, None] for x in strengths)
+    lit = albedo * (a + d * facing)
     image = torch.where((part == 255)[..., None], background, lit)
     return F.avg_pool2d(image.permute(0, 3, 1, 2), 2).contiguous()

@@ -42,8 +42,8 @@ class Scorer:
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"argument `prompts`: expected a list of prompts, got {prompts!r}")
         with torch.no_grad():
-            image = torch.cat([self._embed_images(x) for x in images.split(_CHUNK)])
-            return (image @ self._embed_texts(list(prompts)).T).cpu()
+            image = torch.cat([self.embed_images(x) for x in images.split(_CHUNK)])
+            return (image @ self.embed_texts(list(prompts)).T).cpu()
 
     def r_precision(self, images: Tensor, prompts: list[str], index: int) -> float:
         """Share of the images whose most similar prompt is prompts[index]."""
@@ -51,7 +51,8 @@ class Scorer:
             raise ValueError(f"argument `index`: expected 0 to {len(prompts) - 1}, got {index}")
         return float((self.similarities(images, prompts).argmax(1) == index).float().mean())
 
-    def _embed_images(self, images: Tensor) -> Tensor:
+    def embed_images(self, images: Tensor) -> Tensor:
+        """(B, D) unit vectors of images (B, 3, S, S) in [0, 1], differentiable."""
         size = self.image_size
         x = images.to(self.device, torch.float32)
         if x.shape[-1] != size:
@@ -59,8 +60,8 @@ class Scorer:
         pooled = self.model.vision_model(pixel_values=(x - self.mean) / self.std).pooler_output
         return F.normalize(self.model.visual_projection(pooled), dim=-1)
 
-    def _embed_texts(self, prompts: list[str]) -> Tensor:
-        """(P, D), remembered: an evaluation asks for the same prompts again and again."""
+    def embed_texts(self, prompts: list[str]) -> Tensor:
+        """(P, D) unit vectors, remembered: evaluations ask for the same prompts again and again."""
         if self._texts is None or self._texts[0] != prompts:
             chunks = [prompts[i : i + _CHUNK] for i in range(0, len(prompts), _CHUNK)]
             self._texts = prompts, torch.cat([self._embed_chunk(c) for c in chunks])

@@ -58,6 +58,11 @@ def prompt(colour: str, name: str) -> str:
     return TEMPLATES[0].format(colour=colour, object=name)
 
 
+def clay_prompt(text: str) -> str:
+    """The textureless picture of what `text` names, e.g. "a grey clay car"."""
+    return CLAY_TEMPLATE.format(object=parse(text)[1])
+
+
 def with_view(text: str, view: str) -> str:
     """The paper's view-dependent prompt, e.g. "a red car, front view" (section 3.2)."""
     return f"{text}, {view} view"
