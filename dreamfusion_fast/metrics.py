@@ -135,7 +135,8 @@ def fronts(pictures: Tensor, truth: Tensor) -> int | None:
     Each picture is taken for the true azimuth whose picture is nearest (mean squared difference).
     Contiguous arcs of pictures taken for the front (within FRONT degrees of it) are counted, after
     a majority of three neighbours smooths out single ones; an arc as wide as several true fronts
-    counts as several, so that a face all around is not one.
+    counts as several, so that a face all around is not one front. (Nor is no face at all: a result
+    that is the same all around has 0 or several, by which of the true pictures it is like.)
 
     Args:
         pictures, truth: (TURN, 3, S, S), of the result and of the true object, same cameras.

@@ -146,9 +146,9 @@ def _footnotes(results: list[Result], truth: dict[str, float]) -> list[str]:
     notes = [
         "Mean ± standard deviation over runs; (seeds): over the seeds of one prompt, averaged.",
         "Trained, held out: R-Precision of pairs that the prior's training saw, and did not see.",
-        "Chamfer in scene units, about 0.003 for the same surface. One front: share of runs that "
-        f"show the front exactly once (Janus: more), of the {measured} runs whose true object "
-        "has a front that differs from its back.",
+        "Chamfer in scene units, about 0.003 for the same surface.",
+        "One front: share of runs that show the front exactly once (others: several, as Janus, or "
+        f"none), of the {measured} runs whose true object has a front that differs from its back.",
         f"R-Precision, geometry: the true shapes themselves have "
         f"{statistics.fmean(truth.values()):.3f} (chance: {1 / len(truth):.3f}), which is what "
         "the embedded scorer can tell of white forms.",
