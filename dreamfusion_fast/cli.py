@@ -14,12 +14,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from . import evaluate
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Text to 3D by score distillation sampling, on our own kernels.",
 )
+app.add_typer(evaluate.app, name="evaluate")
 console = Console()
 
 Out = Annotated[Path, typer.Option(help="folder of the run")]
@@ -27,9 +30,14 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: the best that wor
 
 
 def main() -> None:
-    """Entry point: an expected error becomes one line and exit code 2."""
+    """Entry point."""
+    run_app(app)
+
+
+def run_app(commands: typer.Typer) -> None:
+    """Run it: an expected error becomes one line and exit code 2."""
     try:
-        app()
+        commands()
     except ValueError as error:
         message = " ".join(str(error).split())
         Console(stderr=True, soft_wrap=True, highlight=False).print("error:", message, markup=False)
@@ -82,7 +90,7 @@ def generate(
         "guidance.dtype": dtype,
         "guidance.low_memory": low_memory or None,
     }
-    changes = {k: v for k, v in changes.items() if v is not None} | _settings(set_ or [])
+    changes = {k: v for k, v in changes.items() if v is not None} | parse_settings(set_ or [])
     config = _config(out, resume, given)
     if init is not None:
         changes = {"init": str(init)} | changes
@@ -166,7 +174,7 @@ def _scene_of(folder: Path) -> tuple:
     return config.field, config.render
 
 
-def _settings(texts: list[str]) -> dict:
+def parse_settings(texts: list[str]) -> dict:
     """--set name=value, values as in JSON, or else texts."""
     changes = {}
     for text in texts:

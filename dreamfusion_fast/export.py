@@ -175,6 +175,7 @@ def render_views(
     if mode not in MODES:
         raise ValueError(f"argument `mode`: expected one of {', '.join(MODES)}, got {mode!r}")
     cameras, capacity = cameras.to(_device(renderer)), renderer.capacity
+    background = None if background is None else background.to(_device(renderer))
     images = []
     try:
         for i in range(len(cameras.focal)):

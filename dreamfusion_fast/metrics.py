@@ -1,0 +1,228 @@
+"""Measures of a text to 3D result: against the toybox's true shapes, and by a judge of pictures.
+
+Frame and units are the toybox's: z up, +x the front, scene units. What a result cannot have
+(a surface, a front) is an error or None, never a number.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import trimesh
+from scipy.spatial import cKDTree
+from skimage.measure import marching_cubes
+from torch import Tensor
+
+from . import camera, export, shading
+from .camera import Cameras
+from .toybox import renderer as true_renderer
+from .toybox import shapes, world
+from .toybox.pictures import pinhole_rays
+
+ELEVATION, AZIMUTHS, DISTANCE, FOCAL = 30.0, 8, 1.4, 1.0  # degrees, views, units, image widths
+GRID = 128  # cells a side for volume IoU and for surfaces
+POINTS = 50_000  # on each surface
+TURN, TURN_ELEVATION, TURN_SIZE = 24, 15.0, 64  # azimuths once around, degrees, pixels
+FRONT, ASTRAY = 45.0, 60.0  # degrees: what counts as the front; further off is a wrong view
+ALIKE = 1e-3  # mean squared difference in [0, 1] below which two pictures look the same
+GREY = torch.full((3,), 0.5)  # background of compared pictures
+
+
+def volume_iou(field, radius: float, name: str) -> float:
+    """IoU of the field's solid (export.solid, automatic level) with object `name`, in [0, 1]."""
+    found, _ = export.solid(export.density_grid(field, GRID, radius))
+    true = (_distances(name, radius) < 0).numpy()
+    return float(np.logical_and(found, true).sum() / np.logical_or(found, true).sum())
+
+
+def _distances(name: str, radius: float) -> Tensor:
+    """Signed distances (G, G, G) to object `name` at the centres of the cube's cells."""
+    axis = torch.from_numpy(export.grid_axis(GRID, radius)).float()
+    points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
+    distance = torch.cat([shapes.signed_distance(name, p)[0] for p in points.split(1 << 18)])
+    return distance.reshape(GRID, GRID, GRID)
+
+
+@functools.cache
+def true_mesh(name: str) -> trimesh.Trimesh:
+    """The surface of object `name`, scene units, normals out; made once, not to be changed."""
+    radius = 1.05 * shapes.OBJECT_RADIUS
+    distance = _distances(name, radius).numpy()
+    corners, faces, _, _ = marching_cubes(distance, 0.0, gradient_direction="ascent")
+    mesh = trimesh.Trimesh((corners + 0.5) * (2.0 * radius / GRID) - radius, faces)
+    if mesh.volume < 0:
+        mesh.invert()
+    return mesh
+
+
+def surfaces(found: trimesh.Trimesh, true: trimesh.Trimesh) -> tuple[float, float]:
+    """Chamfer distance and normal consistency of two surfaces.
+
+    POINTS are drawn on each, at a fixed seed; each has its nearest on the other. Chamfer is the
+    mean of both directions' mean distances, scene units: two samples of one surface of area A have
+    about sqrt(A / POINTS) / 2, 0.003 in the toybox. Consistency is the mean cosine of the
+    normals at such pairs, in [-1, 1]: 1 for the same surface, -1 for the same inside out.
+    """
+    (p, n), (q, m) = _sample(found), _sample(true)
+    to_true, i = cKDTree(q).query(p)
+    to_found, j = cKDTree(p).query(q)
+    cosines = (n * m[i]).sum(1).mean(), (m * n[j]).sum(1).mean()
+    return float((to_true.mean() + to_found.mean()) / 2), float(sum(cosines) / 2)
+
+
+def _sample(mesh: trimesh.Trimesh) -> tuple[np.ndarray, np.ndarray]:
+    """Points (N, 3) uniform in area, and the unit normals (N, 3) of their faces."""
+    points, faces = trimesh.sample.sample_surface(mesh, POINTS, seed=0)
+    return np.asarray(points), mesh.face_normals[faces]
+
+
+def chamfer(found: trimesh.Trimesh, name: str) -> float:
+    """Chamfer distance to object `name`, scene units; see `surfaces`."""
+    return surfaces(found, true_mesh(name))[0]
+
+
+def normal_consistency(found: trimesh.Trimesh, name: str) -> float:
+    """Mean cosine between the normals of nearest points, in [-1, 1]; see `surfaces`."""
+    return surfaces(found, true_mesh(name))[1]
+
+
+def orbit(n: int, elevation: float) -> Cameras:
+    """n cameras once around, the first in front."""
+    return camera.orbit([360.0 * i / n for i in range(n)], elevation, DISTANCE, FOCAL)
+
+
+def true_views(
+    name: str,
+    cameras: Cameras,
+    colour: str | None,
+    size: int = TURN_SIZE,
+    background: Tensor = GREY,
+) -> Tensor:
+    """Pictures (B, 3, size, size) in [0, 1] of object `name`: the albedo with its main part in
+    `colour`; None: textureless, all white and lit as export.render_views does it."""
+    n = len(cameras.focal)
+    rays_o, rays_d = pinhole_rays(cameras, 2 * size)
+    g = true_renderer.trace(name, rays_o, rays_d)
+    points = rays_o + g.depth.float()[..., None] * rays_d
+    light = cameras.c2w[:, :, 3].clone()
+    light[:, 2] += shading.RAISED * light.norm(dim=-1)
+    palette, ambient = torch.ones(256, 3), shading.FIXED_AMBIENT
+    if colour is not None:
+        palette, ambient = true_renderer.palette(name, world.COLOURS[colour]), 1.0
+    palettes, ambients = palette.expand(n, -1, -1), torch.full((n,), ambient)
+    behind = GREY.view(1, 1, 1, 3)
+    images = true_renderer.shade(g.part, g.normal, points, palettes, behind, light, ambients)
+    return images.clamp(0.0, 1.0)
+
+
+@functools.lru_cache(maxsize=32)
+def true_turn(colour: str, name: str) -> Tensor:
+    """Pictures (TURN, 3, S, S) of an object once around; not to be changed."""
+    return true_views(name, orbit(TURN, TURN_ELEVATION), colour)
+
+
+def turn(renderer) -> Tensor:
+    """The same of a result."""
+    return export.render_views(renderer, orbit(TURN, TURN_ELEVATION), TURN_SIZE, GREY)
+
+
+def fronts(pictures: Tensor, truth: Tensor) -> int | None:
+    """How often a result shows the object's front in one turn: 1 is right, more is Janus.
+
+    Each picture is taken for the true azimuth whose picture is nearest (mean squared difference).
+    Contiguous arcs of pictures taken for the front (within FRONT degrees of it) are counted, after
+    a majority of three neighbours smooths out single ones; an arc as wide as several true fronts
+    counts as several, so that a face all around is not one front. (Nor is no face at all: a result
+    that is the same all around has 0 or several, by which of the true pictures it is like.)
+
+    Args:
+        pictures, truth: (TURN, 3, S, S), of the result and of the true object, same cameras.
+    Returns:
+        None where the true object looks the same from the front and from the back.
+    """
+    if _difference(truth, truth)[0, TURN // 2] < ALIKE:
+        return None
+    front = _turned(torch.arange(TURN)) <= FRONT
+    facing = front[_nearest(pictures, truth)].int()
+    facing = facing + facing.roll(1) + facing.roll(-1) >= 2
+    if bool(facing.all()):
+        return round(TURN / int(front.sum()))
+    start = int((~facing).nonzero()[0])  # no arc goes on across it
+    arcs = "".join("x" if f else " " for f in facing.roll(-start).tolist()).split()
+    return sum(max(1, round(len(arc) / int(front.sum()))) for arc in arcs)
+
+
+def view_error(pictures: Tensor, truth: Tensor) -> float | None:
+    """Share of a result's pictures that are taken for a true azimuth more than ASTRAY degrees off,
+    in [0, 1]. Right is also what looks like a true picture within those degrees (a cube's sides).
+    Arguments as for `fronts`. None where no picture could be wrong (a ball)."""
+    i = torch.arange(TURN)
+    within = _turned(i[:, None] - i) <= ASTRAY
+    alike = _difference(truth, truth) < ALIKE
+    right = (within.float() @ alike.float()) > 0  # of azimuth i, taken for azimuth j
+    if bool(right.all()):
+        return None
+    return float((~right[i, _nearest(pictures, truth)]).float().mean())
+
+
+def _turned(steps: Tensor) -> Tensor:
+    """The angle of so many steps of a turn, degrees in [0, 180]."""
+    degrees = (360.0 / TURN) * (steps % TURN)
+    return torch.minimum(degrees, 360.0 - degrees)
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared differences (A, B) of pictures (A, 3, S, S) and (B, 3, S, S), both blurred:
+    results are soft, and without it a soft face is nearest to a side."""
+    a, b = (F.avg_pool2d(x, 3, 1) for x in (a, b))
+    return torch.stack([(b - x).square().flatten(1).mean(1) for x in a])
+
+
+def _nearest(pictures: Tensor, truth: Tensor) -> Tensor:
+    if pictures.shape != truth.shape or len(truth) != TURN:
+        raise ValueError(
+            f"argument `pictures`: expected {TURN} of shape {tuple(truth.shape[1:])}, got "
+            f"{tuple(pictures.shape)}"
+        )
+    return _difference(pictures, truth).argmin(1)
+
+
+def r_precision(judge, images: Tensor, prompts: list[str], index: int) -> float:
+    """Share of images (B, 3, S, S) in [0, 1] whose most similar prompt is prompts[index]; judge:
+    has similarities(images, prompts) (B, P). Park et al. 2021."""
+    if not 0 <= index < len(prompts):
+        raise ValueError(f"argument `index`: expected 0 to {len(prompts) - 1}, got {index}")
+    return float((judge.similarities(images, prompts).argmax(1) == index).float().mean())
+
+
+def colour_precision(renderer, judge, prompts: list[str], index: int) -> float:
+    """R-Precision of a result's albedo, as the paper measures it: 30 degrees of elevation,
+    averaged over azimuths."""
+    images = export.render_views(renderer, orbit(AZIMUTHS, ELEVATION), judge.image_size)
+    return r_precision(judge, images, prompts, index)
+
+
+def geometry_precision(renderer, judge, prompts: list[str], index: int) -> float:
+    """The same of textureless pictures: white, lit, so that nothing but form can tell."""
+    cameras = orbit(AZIMUTHS, ELEVATION)
+    images = export.render_views(renderer, cameras, judge.image_size, mode="textureless")
+    return r_precision(judge, images, prompts, index)
+
+
+def white_prompts() -> list[str]:
+    """What the embedded scorer is asked of textureless pictures, one an object: it never saw clay,
+    but it saw lit objects in white."""
+    return [world.prompt("white", name) for name in shapes.OBJECTS]
+
+
+def true_geometry(judge) -> dict[str, float]:
+    """What geometry_precision is for the true shapes, object by object: no result can be expected
+    to have more, and where it is low the measure says little."""
+    cameras, prompts = orbit(AZIMUTHS, ELEVATION), white_prompts()
+    return {
+        name: r_precision(judge, true_views(name, cameras, None, judge.image_size), prompts, i)
+        for i, name in enumerate(shapes.OBJECTS)
+    }
