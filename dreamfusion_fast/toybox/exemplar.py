@@ -18,7 +18,7 @@ from ..camera import Cameras, turned
 from . import renderer, world
 from .pictures import SIZE, pinhole_rays
 
-AROUND = 6  # sides of a prompt without view words
+AROUND = 4  # sides of a prompt without view words
 
 
 class ExemplarGuidance:
