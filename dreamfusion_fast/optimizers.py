@@ -13,10 +13,12 @@ dependency. Each has
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from .config import OptimizerConfig
+from .config import OptimizerConfig, RunConfig
 from .ops import Adam
 
 BETAS = {"adam": (0.9, 0.99), "adan": (0.98, 0.92, 0.99), "shampoo": (0.9, 0.9)}  # by default
@@ -79,6 +81,15 @@ def check(config: OptimizerConfig) -> None:
             raise ValueError(
                 f"config `optimizer.{name}`: expected at least 0, got {getattr(config, name)}"
             )
+
+
+def rate_share(step: int, config: RunConfig) -> float:
+    """Linear warm-up, then a cosine from 1 to optimizer.final_share."""
+    o = config.optimizer
+    cosine = 0.5 + 0.5 * math.cos(math.pi * step / config.steps)
+    return min(1.0, (step + 1) / max(1, o.warmup)) * (
+        o.final_share + (1.0 - o.final_share) * cosine
+    )
 
 
 def _kept_library(name: str):

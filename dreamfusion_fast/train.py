@@ -9,19 +9,18 @@ CUDA graph on a GPU, or two: steps with light and without. What it measures is r
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import camera, checkpoint, export, guidance, losses, optimizers, sds, shading
+from . import checkpoint, export, guidance, losses, optimizers, sds
 from .checks import check
 from .config import RunConfig
+from .drawing import Draw, Drawing, step_generator
 from .field import make_field
 from .graph import Captured
 from .guidance.timed import Timed
@@ -43,39 +42,6 @@ def folder_state(folder: Path) -> str:
         return "foreign"
     names = {p.name for p in folder.iterdir()}
     return "new" if not names else "run" if "config.json" in names else "foreign"
-
-
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """The source of all random numbers of one step."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) & 0x7FFF_FFFF_FFFF_FFFF)
-
-
-@dataclass
-class Draw:
-    """What is random or scheduled in one pass, on the device. seeds: (2,) int64, of the samples and
-    of the noise; t: (B,), None without diffusion; shading: (B, 7), see shading.sample, of which any
-    row is `lit`; embedding and negative_weights: see prompting.Prompts; rate: (1,), factor of the
-    learning rates; losses: (7,), see losses.weights_at; progress: (1,), share of the run."""
-
-    cameras: camera.Cameras
-    background: Tensor | None
-    seeds: Tensor
-    t: Tensor | None
-    shading: Tensor
-    lit: bool
-    embedding: Tensor
-    negative_weights: Tensor | None
-    rate: Tensor
-    losses: Tensor
-    progress: Tensor
-
-    def copy_(self, other: Draw) -> None:
-        """Take the other's numbers, in the same places."""
-        mine, others = ([*vars(x.cameras).values(), *vars(x).values()] for x in (self, other))
-        for old, new in zip(mine, others, strict=True):
-            if isinstance(old, Tensor):
-                old.copy_(new, non_blocking=True)
-        self.lit = other.lit
 
 
 class Trainer:
@@ -118,8 +84,12 @@ class Trainer:
                 f"config `half`: expected false, as the kernels on {self.device} have no float16"
             )
         self.grad_scale = HALF_SCALE if config.field.half else 1.0
+        self.colour_map = None  # of latents
         if config.render.latent:
             self._set_colour_map()
+        self.drawing = Drawing(
+            config, self.guidance, self.prompts, self.schedule, self.colour_map, self.device
+        )
         self.optimizer = self._build_optimizer()
         self.regularizers = losses.active(config.loss)
         self.measured = torch.zeros(len(MEASURES), dtype=torch.float64, device=self.device)
@@ -238,40 +208,10 @@ class Trainer:
         return self.measured.clone()
 
     def _draw(self, generator: torch.Generator) -> Draw:
-        c = self.config
-        cameras = camera.sample(c.views, c.camera, generator)
-        background = None
-        if c.render.background == "random":  # random colours tell the model what is transparent
-            background = torch.rand(c.views, 3, generator=generator)
-        if c.render.latent:
-            matrix, bias = self.colour_map
-            background = background @ matrix.T + bias
-        share = self.step / c.steps
-        light = shading.sample(cameras, c.shading, share, generator)
-        if hasattr(self.guidance.guide, "set_cameras"):
-            self.guidance.set_cameras(cameras, background, generator, light)
-        t = None if self.schedule is None else self.schedule.draw(c.views, share, generator)
-        embedding, negative_weights = self.prompts(cameras, shading.is_textureless(light))
-        return Draw(
-            cameras.to(self.device),
-            None if background is None else self._there(background),
-            self._seeds(generator, 2),
-            None if t is None else self._there(t),
-            self._there(light),
-            bool(shading.is_lit(light).any()),
-            embedding,
-            negative_weights,
-            self._there(torch.tensor([rate_share(self.step, c)])),
-            self._there(losses.weights_at(c.loss, share)),
-            self._there(torch.tensor([share])),
-        )
+        return self.drawing(self.step, generator)
 
     def _seeds(self, generator: torch.Generator, n: int) -> Tensor:
-        return self._there(torch.randint(2**62, (n,), generator=generator))
-
-    def _there(self, x: Tensor) -> Tensor:
-        """On the device, without waiting for what it does: the host may draw steps ahead."""
-        return x.to(self.device, non_blocking=True)
+        return self.drawing.seeds(generator, n)
 
     def _advance(self, lit: bool) -> None:
         """Render, distil, step, measure: all on the device, reading self.draws."""
@@ -433,15 +373,6 @@ def settled(device) -> torch.device:
     index = torch.cuda.current_device() if device.index is None else device.index
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
-
-
-def rate_share(step: int, config: RunConfig) -> float:
-    """Linear warm-up, then a cosine from 1 to optimizer.final_share."""
-    o = config.optimizer
-    cosine = 0.5 + 0.5 * math.cos(math.pi * step / config.steps)
-    return min(1.0, (step + 1) / max(1, o.warmup)) * (
-        o.final_share + (1.0 - o.final_share) * cosine
-    )
 
 
 def _keep_lines(path: Path, n: int) -> None:

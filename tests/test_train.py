@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from dreamfusion_fast import camera, checkpoint
 from dreamfusion_fast.config import FieldConfig, RenderConfig, RunConfig
-from dreamfusion_fast.train import Trainer, load_renderer, rate_share
+from dreamfusion_fast.optimizers import rate_share
+from dreamfusion_fast.train import Trainer, load_renderer
 
 
 class Orange:
@@ -194,7 +195,7 @@ def test_checkpoints_that_cannot_be_used(tmp_path):
     with pytest.raises(ValueError, match="safetensors file of something else"):
         checkpoint.load(path)
     save_file(tensors, path, {checkpoint.FORMAT: json.dumps({"version": 99, "config": {}})})
-    with pytest.raises(ValueError, match=r"expected .* of version 1, got version 99"):
+    with pytest.raises(ValueError, match=r"expected .* of version 2, got version 99"):
         checkpoint.load(path)
     path.unlink()
     with pytest.raises(ValueError, match="got no file"):
