@@ -89,8 +89,8 @@ class Pictures:
             palettes.append(self.clay if textureless else self.palettes[colour, name])
             view = camera.VIEWS[int(self.views["view"][index[i]])]
             prompts.append(_caption(colour, name, view, textureless, u[i, 2:].tolist()))
-        lit = u[:, 1] < clay + 0.35
-        images = self.render(index, torch.stack(palettes), lit, generator)
+        ambient = torch.where(u[:, 1] < clay + 0.35, 0.1, 1.0)
+        images = self.render(index, torch.stack(palettes), ambient, generator)
         mirrored = torch.rand(n, generator=generator) < 0.5  # the world is symmetric in y
         return torch.where(mirrored[:, None, None, None], images.flip(-1), images), prompts
 
@@ -98,12 +98,12 @@ class Pictures:
         self,
         index: Tensor,
         palettes: Tensor,
-        lit: Tensor,
+        ambient: Tensor,
         generator: torch.Generator,
         background: Tensor | None = None,
     ) -> Tensor:
-        """Shade the views `index` (n,) with the paper's light, before `background` (3,) or, by
-        default, random ones."""
+        """Shade the views `index` (n,) with the paper's light, so much of it ambient, (n,), before
+        `background` (3,) or, by default, random ones."""
         n = len(index)
         v = {k: self.views[k][index] for k in ("part", "normal", "depth", "c2w", "focal")}
         cameras = camera.Cameras(v["c2w"], v["focal"], v["focal"], v["focal"])
@@ -111,7 +111,6 @@ class Pictures:
         points = rays_o + v["depth"].float()[..., None] * rays_d
         toward = F.normalize(v["c2w"][:, :, 3] + torch.randn(n, 3, generator=generator), dim=-1)
         light = toward * (0.8 + 0.7 * torch.rand(n, 1, generator=generator))
-        ambient = torch.where(lit, 0.1, 1.0)
         if background is None:
             background = _backgrounds(n, generator)
         return renderer.shade(v["part"], v["normal"], points, palettes, background, light, ambient)

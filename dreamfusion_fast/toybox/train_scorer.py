@@ -1,7 +1,8 @@
 """Train the embedded scorer: `python -m dreamfusion_fast.toybox.train_scorer --minutes 12`.
 
 A small CLIP (Radford et al. 2021) on all pairs of the toybox, those that the prior never sees
-included: it is a judge, never guidance. A batch holds few of the 288 prompts, so the loss is the
+included, and on textureless objects, "a grey clay car": it is a judge of colour and of geometry,
+never guidance. A batch holds few of the 312 prompts, so the loss is the
 softmax over all of them for each picture, i.e. the image-to-text half of CLIP's loss with every
 text there is; the text-to-image half is left out. Pictures are spoilt at random as unfinished
 radiance fields are: blur, fog, floaters, missing parts, bent outlines, strong colours.
@@ -34,8 +35,11 @@ from .. import camera
 from ..config import CameraConfig
 from . import world
 from .pictures import SIZE, Pictures
+from .scorer import FOLDER
 from .train_prior import build_tokenizer
 
+COLOURS = (*world.COLOURS, "grey clay")  # the last one: textureless
+CAPTIONS = [(c, o) for o in world.OBJECTS for c in COLOURS]
 HALF = [0.5, 0.5, 0.5]  # mean and standard deviation of the model's normalisation
 
 
@@ -50,6 +54,8 @@ class ScorerConfig:
     weight_decay: float = 0.05
     ema: float = 0.998
     spoilt: float = 0.6  # share of the pictures that `spoil` may change
+    clay: float = 0.2  # share of textureless pictures
+    start: str = ""  # folder of the scorer whose weights are the start
     views_per_object: int = 600
     seed: int = 0
     threads: int = 2
@@ -86,13 +92,14 @@ def build_model(vocabulary: int) -> CLIPModel:
 
 
 class Source:
-    """An endless source of (images, pair indices): all pairs of world.all_pairs() alike.
+    """An endless source of (images, caption indices): all of CAPTIONS with a colour alike, and a
+    share `clay` textureless ones.
 
     It leaves out the views that a judge of whole objects need not know: overhead, small, cropped.
     """
 
-    def __init__(self, pictures: Pictures):
-        self.pictures = pictures
+    def __init__(self, pictures: Pictures, clay: float):
+        self.pictures, self.clay = pictures, clay
         hit = pictures.views["part"] != 255
         edge = torch.cat((hit[:, 0], hit[:, -1], hit[:, :, 0], hit[:, :, -1]), dim=1)
         whole = (edge.float().mean(1) < 0.08) & (hit.sum((1, 2)) > 0.04 * hit[0].numel())
@@ -106,19 +113,26 @@ class Source:
                 f"of {name} none is whole"
             )
         self.kept = kept.split(n.tolist())  # by object
-        self.palettes = torch.stack([pictures.palettes[pair] for pair in world.all_pairs()])
+        white = torch.ones(256, 3)
+        self.palettes = torch.stack([pictures.palettes.get(pair, white) for pair in CAPTIONS])
 
     def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """n clean images (n, 3, 64, 64) in [0, 1], one in four lit, and pair indices (n,)."""
-        p, colours = self.pictures, len(world.COLOURS)
-        pair = torch.randint(len(self.palettes), (n,), generator=generator)
-        chance = torch.rand(n, generator=generator).tolist()
-        rows = [self.kept[k] for k in (pair // colours).tolist()]
-        index = torch.stack([row[int(u * len(row))] for row, u in zip(rows, chance)])
-        lit = torch.rand(n, generator=generator) < 0.25
-        images = p.render(index, self.palettes[pair], lit, generator)
+        """n clean images (n, 3, 64, 64) in [0, 1] and caption indices (n,). One in four coloured
+        ones is lit, and all textureless ones, which are grey to white."""
+        p, colours = self.pictures, len(COLOURS)
+        name = torch.randint(len(self.kept), (n,), generator=generator)
+        colour = torch.randint(colours - 1, (n,), generator=generator)
+        u = torch.rand(4, n, generator=generator)
+        textureless = u[0] < self.clay
+        caption = name * colours + torch.where(textureless, colours - 1, colour)
+        rows = [self.kept[k] for k in name.tolist()]
+        index = torch.stack([row[int(x * len(row))] for row, x in zip(rows, u[1].tolist())])
+        grey = torch.where(textureless, 0.5 + 0.5 * u[2], 1.0)[:, None, None]
+        lit = torch.where(u[3] < 0.25, 0.1, 1.0)
+        ambient = torch.where(textureless, 0.1 + 0.3 * u[3], lit)
+        images = p.render(index, grey * self.palettes[caption], ambient, generator)
         mirrored = torch.rand(n, generator=generator) < 0.5  # the world is symmetric in y
-        return torch.where(mirrored[:, None, None, None], images.flip(-1), images), pair
+        return torch.where(mirrored[:, None, None, None], images.flip(-1), images), caption
 
 
 class Bank:
@@ -198,6 +212,9 @@ class Trainer:
         self.config, self.folder = config, folder
         self.tokenizer = build_tokenizer()
         self.model = build_model(len(self.tokenizer))
+        if config.start:
+            known = CLIPModel.from_pretrained(config.start).float().state_dict()
+            self.model.load_state_dict(known)
         self.shadow = [p.detach().clone() for p in self.model.parameters()]
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         rest = [p for p in self.model.parameters() if p.ndim <= 1]
@@ -215,11 +232,11 @@ class Trainer:
             self._load(torch.load(folder / "state.pt", weights_only=True))
 
     def _tokens(self, template: str) -> Tensor:
-        prompts = [template.format(colour=c, object=o) for c, o in world.all_pairs()]
+        prompts = [template.format(colour=c, object=o) for c, o in CAPTIONS]
         return self.tokenizer(prompts, return_tensors="pt").input_ids
 
     def logits(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """Cosine similarities over the learnt temperature, (B, 288)."""
+        """Cosine similarities over the learnt temperature, (B, 312)."""
         m = self.model
         image = m.visual_projection(m.vision_model(images * 2 - 1).pooler_output).float()
         text = m.text_projection(m.text_model(tokens).pooler_output).float()
@@ -254,7 +271,7 @@ class Trainer:
     def run(self, cache: Path) -> None:
         """Train on. cache: folder of the traced views, see `traced_views`."""
         c = self.config
-        source = Source(Pictures(c.views_per_object, c.seed, CameraConfig(), cache))
+        source = Source(Pictures(c.views_per_object, c.seed, CameraConfig(), cache), c.clay)
         generator = torch.Generator().manual_seed(c.seed + 1 + self.step)
         bank = Bank(source, c.bank, generator)
         last = saved = time.perf_counter()
@@ -328,9 +345,11 @@ def main(
     views_per_object: int = ScorerConfig.views_per_object,
     seed: int = ScorerConfig.seed,
     threads: int = ScorerConfig.threads,
+    start: bool = False,
     cache: Path | None = None,
 ) -> None:
-    """Train the toybox scorer, or go on with the training that lies in --out."""
+    """Train the toybox scorer, or go on with the training that lies in --out. start: from the
+    weights of the embedded one."""
     out.mkdir(parents=True, exist_ok=True)
     config = ScorerConfig(
         minutes=minutes,
@@ -339,6 +358,7 @@ def main(
         views_per_object=views_per_object,
         seed=seed,
         threads=threads,
+        start=str(FOLDER) if start else "",
     )
     Trainer(config, out).run(cache or out / "views")
 
