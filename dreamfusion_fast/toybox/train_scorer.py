@@ -233,7 +233,8 @@ class Trainer:
 
     def _tokens(self, template: str) -> Tensor:
         prompts = [template.format(colour=c, object=o) for c, o in CAPTIONS]
-        return self.tokenizer(prompts, return_tensors="pt").input_ids
+        # What pads the shorter ones lies behind their ends, which see only what is before them.
+        return self.tokenizer(prompts, padding=True, return_tensors="pt").input_ids
 
     def logits(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Cosine similarities over the learnt temperature, (B, 312)."""
