@@ -12,6 +12,9 @@ from .field import LOG_DENSITY_MAX, blob
 from .ops import frequency_encode
 
 
+CHUNK = 1 << 13  # positions at a time
+
+
 def linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
     """Weights uniform as in He et al. 2015, biases zero."""
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs)  # leaves torch's own generator alone
@@ -32,6 +35,44 @@ class ResidualBlock(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return h + self.second(nn.functional.silu(self.first(h)))
+
+
+class _Recomputed(torch.autograd.Function):
+    """PaperField.evaluate, piece by piece, and again in backward: what its layers would keep for
+    the second order of a whole batch is tens of gigabytes."""
+
+    @staticmethod
+    def forward(ctx, field, positions, count, normals, *parameters):
+        ctx.field, ctx.normals = field, normals
+        ctx.save_for_backward(positions, count)
+        pieces = field.pieces(positions.detach(), count)
+        parts = [field.evaluate(x, normals, graph=False) for x in pieces]
+        missing = len(positions) - sum(len(part[0]) for part in parts)
+        rest = positions.new_zeros(missing)
+        log_density, values, gradient = (torch.cat(x).detach() for x in zip(*parts, strict=True))
+        values = torch.cat((values, rest[:, None].expand(-1, values.shape[1])))
+        if normals:
+            gradient = torch.cat((gradient, rest[:, None].expand(-1, 3)))
+        return torch.cat((log_density, rest)), values, gradient
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *of_outputs):
+        positions, count = ctx.saved_tensors
+        parameters, first = list(ctx.field.parameters()), 0
+        sums, of_positions = [torch.zeros_like(p) for p in parameters], torch.zeros_like(positions)
+        for x in ctx.field.pieces(positions.detach(), count):
+            x.requires_grad_()
+            outputs = ctx.field.evaluate(x, ctx.normals, graph=True)
+            rows = slice(first, first := first + len(x))
+            pairs = list(zip(outputs, (g[rows] for g in of_outputs), strict=True))
+            outputs, grads = zip(*pairs[: 3 if ctx.normals else 2], strict=True)
+            totals = [of_positions[rows], *sums]
+            found = torch.autograd.grad(outputs, [x, *parameters], grads, allow_unused=True)
+            for total, part in zip(totals, found, strict=True):
+                if part is not None:
+                    total += part
+        return None, of_positions, None, None, *sums
 
 
 class PaperField(nn.Module):
@@ -86,24 +127,35 @@ class PaperField(nn.Module):
         the field has them and they are asked for; and with normals the gradient (N, 3) of log
         sigma (before its ceiling) by position, in 1 / scene unit, itself differentiable; else
         None."""
-        training, gradient = torch.is_grad_enabled(), None
-        with torch.set_grad_enabled(training or normals):
-            if normals and not positions.requires_grad:
-                positions = positions.detach().requires_grad_()
-            log_density, values = self._evaluate(positions, count)
-            if normals:
-                (gradient,) = torch.autograd.grad(
-                    log_density.sum(), positions, create_graph=training
-                )
-        if not training:
-            log_density, values = log_density.detach(), values.detach()
+        parameters = list(self.parameters()) if torch.is_grad_enabled() else []
+        log_density, values, gradient = _Recomputed.apply(
+            self, positions, count, normals, *parameters
+        )
         sigma = log_density.clamp(max=LOG_DENSITY_MAX).exp()
-        return sigma, self._colours(values, latent), gradient
+        return sigma, self._colours(values, latent), gradient if normals else None
 
-    def _evaluate(self, positions: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor]:
-        """log sigma (N,) without a ceiling, and what becomes colour, (N, channels)."""
+    def pieces(self, positions: Tensor, count: Tensor | None) -> list[Tensor]:
+        """The positions, CHUNK rows at a time; a CPU, where the count is at hand, leaves out pieces
+        without a valid row."""
+        n = len(positions)
+        if count is not None and positions.device.type == "cpu":
+            n = min(n, -(-int(count) // CHUNK) * CHUNK)
+        return list(positions[:n].split(CHUNK)) or [positions]
+
+    def evaluate(self, positions: Tensor, normals: bool, graph: bool) -> tuple[Tensor, ...]:
+        """log sigma (N,) without a ceiling, what becomes colour (N, channels), and the gradient of
+        log sigma (N, 3), or with no `normals` nothing, (0, 3). graph: differentiable."""
+        with torch.set_grad_enabled(graph or normals):
+            x = positions if positions.requires_grad else positions.detach().requires_grad_(normals)
+            log_density, values = self._evaluate(x)
+            gradient = positions.new_empty(0, 3)
+            if normals:
+                (gradient,) = torch.autograd.grad(log_density.sum(), x, create_graph=graph)
+        return log_density, values, gradient
+
+    def _evaluate(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         variance = self.spread.square().expand(len(positions)).contiguous()
-        h = self.stem(frequency_encode(positions, self.config.n_frequencies, variance, count))
+        h = self.stem(frequency_encode(positions, self.config.n_frequencies, variance))
         for norm, block in zip(self.norms, self.blocks, strict=True):
             h = block(norm(h))
         out = self.head(h)
