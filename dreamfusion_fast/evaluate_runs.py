@@ -62,19 +62,19 @@ def score(
     """R-Precision of each run by each judge (judges.load's names; without any the embedded scorer).
 
     All `prompts` are candidates; of textureless pictures too, but for the embedded scorer, which
-    is asked for the object in white (metrics.white_prompts)."""
+    is asked for the object in clay (metrics.clay_prompts)."""
     if not runs:
         raise ValueError("argument `RUN`: expected at least one run's folder, got none")
     texts = [prompt_of(folder, prompts) for folder in runs]
     scores = []
     for clip in clips or [None]:
         judge = judges.load(clip, device)
-        white = metrics.white_prompts() if clip is None else prompts
+        clay_texts = metrics.clay_prompts() if clip is None else prompts
         for folder, text in zip(runs, texts):
             renderer, place = load_renderer(folder, device), prompts.index(text)
             colour = metrics.colour_precision(renderer, judge, prompts, place)
             place = _object(text) if clip is None else place
-            geometry = metrics.geometry_precision(renderer, judge, white, place)
+            geometry = metrics.geometry_precision(renderer, judge, clay_texts, place)
             scores.append(Score(str(folder), text, clip or EMBEDDED, colour, geometry))
     return scores
 

@@ -217,7 +217,7 @@ def measure(job: Job, renderer, scorer: Scorer) -> Result:
     near = (None, None) if mesh is None else metrics.surfaces(mesh, metrics.true_mesh(job.name))
     turn, truth = metrics.turn(renderer), metrics.true_turn(job.colour, job.name)
     prompts = [world.prompt(c, o) for c, o in world.all_pairs()]
-    white, place = metrics.white_prompts(), list(shapes.OBJECTS).index(job.name)
+    clay, place = metrics.clay_prompts(), list(shapes.OBJECTS).index(job.name)
     export.contact_sheet(renderer, job.folder / "contact_sheet.png")
     export.write_png(_views(renderer), job.views())
     return Result(
@@ -234,7 +234,7 @@ def measure(job: Job, renderer, scorer: Scorer) -> Result:
         normals=near[1],
         fronts=metrics.fronts(turn, truth),
         view_error=metrics.view_error(turn, truth),
-        geometry=metrics.geometry_precision(renderer, scorer, white, place),
+        geometry=metrics.geometry_precision(renderer, scorer, clay, place),
         note="; ".join(notes),
     )
 

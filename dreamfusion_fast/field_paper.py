@@ -11,7 +11,6 @@ from .config import FieldConfig
 from .field import LOG_DENSITY_MAX, blob
 from .ops import frequency_encode
 
-
 CHUNK = 1 << 13  # positions at a time
 
 

@@ -212,16 +212,15 @@ def geometry_precision(renderer, judge, prompts: list[str], index: int) -> float
     return r_precision(judge, images, prompts, index)
 
 
-def white_prompts() -> list[str]:
-    """What the embedded scorer is asked of textureless pictures, one an object: it never saw clay,
-    but it saw lit objects in white."""
-    return [world.prompt("white", name) for name in shapes.OBJECTS]
+def clay_prompts() -> list[str]:
+    """What the embedded scorer is asked of textureless pictures, one an object."""
+    return [world.CLAY_TEMPLATE.format(object=name) for name in shapes.OBJECTS]
 
 
 def true_geometry(judge) -> dict[str, float]:
     """What geometry_precision is for the true shapes, object by object: no result can be expected
     to have more, and where it is low the measure says little."""
-    cameras, prompts = orbit(AZIMUTHS, ELEVATION), white_prompts()
+    cameras, prompts = orbit(AZIMUTHS, ELEVATION), clay_prompts()
     return {
         name: r_precision(judge, true_views(name, cameras, None, judge.image_size), prompts, i)
         for i, name in enumerate(shapes.OBJECTS)

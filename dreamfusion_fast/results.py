@@ -150,8 +150,7 @@ def _footnotes(results: list[Result], truth: dict[str, float]) -> list[str]:
         "One front: share of runs that show the front exactly once (others: several, as Janus, or "
         f"none), of the {measured} runs whose true object has a front that differs from its back.",
         f"R-Precision, geometry: the true shapes themselves have "
-        f"{statistics.fmean(truth.values()):.3f} (chance: {1 / len(truth):.3f}), which is what "
-        "the embedded scorer can tell of white forms.",
+        f"{statistics.fmean(truth.values()):.3f} (chance: {1 / len(truth):.3f}).",
     ]
     if missing:
         notes.append(

@@ -179,7 +179,7 @@ def test_colour_and_geometry_are_seen_at_30_degrees(monkeypatch):
         assert len(cameras.azimuth.unique()) == metrics.AZIMUTHS
 
 
-def test_true_geometry_asks_for_objects_in_white():
+def test_true_geometry_asks_for_objects_in_clay():
     truth = metrics.true_geometry(Judge(list(shapes.OBJECTS).index("mug")))
     assert truth == {name: float(name == "mug") for name in shapes.OBJECTS}
-    assert metrics.white_prompts()[:2] == ["a white ball", "a white cube"]
+    assert metrics.clay_prompts()[:2] == ["a grey clay ball", "a grey clay cube"]

@@ -5,19 +5,20 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import torch
 import typer
 from torch import Tensor
 
-from .. import camera
+from .. import camera, metrics
 from ..config import CameraConfig
 from . import renderer, world
 from .pictures import SIZE, Pictures, pinhole_rays
 from .scorer import Scorer
 from .shapes import OBJECTS
-from .train_scorer import Source, spoil
+from .train_scorer import CAPTIONS, COLOURS, Source, spoil
 
 FRESH = 12_345  # seed of the views and pictures that training never drew
 
@@ -32,12 +33,13 @@ layers, one token a word; 64 dimensions in common), stored in fp16. It judges te
 toybox by R-Precision (Park et al. 2021) and is never used as guidance.
 
 - **Data**: of {views} traced views of each of {objects} objects (views seed {seed}, the paper's
-  cameras) those that are whole, not small and not overhead; coloured, one in four lit, set before
-  random backgrounds. {pictures:,} pictures were seen, each about four times with other spoiling.
-  All {pairs} (colour, object) pairs, those that the prior never sees included, each as likely.
+  cameras) those that are whole, not small and not overhead, set before random backgrounds.
+  {pictures:,} pictures were seen, each about four times with other spoiling. {clay:.0%} are
+  textureless and lit, "a grey clay car"; the others coloured, one in four lit. All {pairs} (colour,
+  object) pairs, those that the prior never sees included, each as likely.
 - **Spoiling**: {spoilt:.0%} of the pictures are bent, cut, fogged, blurred, noisy, over-saturated,
   or have floaters, as unfinished radiance fields do.
-- **Loss**: softmax over all {pairs} prompts for each picture (cosine similarity, learnt
+- **Loss**: softmax over all {captions} prompts for each picture (cosine similarity, learnt
   temperature), the image-to-text half of CLIP's loss; prompts in the canonical form "a red car"
   every other step, else in one of {templates} variants. No view words.
 - **Training**: {minutes:.0f} minutes on {threads} CPU thread(s), {steps:,} steps of {batch}; seed
@@ -58,6 +60,9 @@ as `evaluate` renders. Random views are whole, not overhead, before random backg
 four is lit from the side, where brown and orange, or white and grey, are hard to tell apart.
 Some albedo views are silhouettes, and those of a mug, a duck and a ghost from behind are alike.
 The weakest objects on orbit views: {weakest}.
+
+Of the true shapes textureless, white and lit, as `evaluate` renders them for geometry, the scorer
+finds {geometry:.0%} among the {objects} objects in clay; weakest: {flat}.
 """
 
 
@@ -87,9 +92,11 @@ def measure(scorer: Scorer, n_views: int) -> tuple[dict[str, list[float]], dict[
     """Accuracies (all, seen, held out) by kind of picture; and by object on orbit views."""
     generator = torch.Generator().manual_seed(FRESH)
     orbit, orbit_pair = orbit_pictures(n_views, FRESH)
-    source = Source(Pictures(6 * n_views, FRESH, CameraConfig()))
+    source = Source(Pictures(6 * n_views, FRESH, CameraConfig()), clay=0.0)
     drawn = [source.draw(64, generator) for _ in range(len(orbit) // 64)]
-    clean, pair = (torch.cat(x) for x in zip(*drawn))
+    clean, caption = (torch.cat(x) for x in zip(*drawn))
+    name, colour = caption // len(COLOURS), caption % len(COLOURS)
+    pair = name * len(world.COLOURS) + colour
     clean = clean.clamp(0, 1)
     sets = {
         "orbit views": (orbit, orbit_pair),
@@ -119,6 +126,7 @@ def main(run: Path = Path("runs/scorer"), views: int = 8, threads: int = 2, note
     config = json.loads((run / "config.json").read_text())
     last = json.loads((run / "curve.jsonl").read_text().splitlines()[-1])
     weakest = sorted(by_object, key=by_object.get)[:4]
+    geometry = metrics.true_geometry(scorer)
     card = CARD.format(
         parameters=sum(p.numel() for p in scorer.model.parameters()) / 1e6,
         views=config["views_per_object"],
@@ -132,6 +140,10 @@ def main(run: Path = Path("runs/scorer"), views: int = 8, threads: int = 2, note
         batch=config["batch"],
         spoilt=config["spoilt"],
         note=note,
+        clay=config["clay"],
+        captions=len(CAPTIONS),
+        geometry=statistics.fmean(geometry.values()),
+        flat=", ".join(f"{o} {geometry[o]:.0%}" for o in sorted(geometry, key=geometry.get)[:4]),
         threads=config["threads"],
         rows="\n".join(
             f"| {k} | " + " | ".join(f"{v:.1%}" for v in r) + " |" for k, r in rows.items()
