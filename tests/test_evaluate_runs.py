@@ -78,7 +78,7 @@ def test_runs_are_judged_by_every_clip(finished, clip, grey, monkeypatch):
     prompts = ["a blue ball", "a red car", "a green tree"]
     scores = evaluate_runs.score([finished], prompts, [str(clip)])
     scores += evaluate_runs.score([finished], prompts)
-    assert asked == [(3, "a red car"), (3, "a red car"), (3, "a red car"), (24, "a white car")]
+    assert asked == [(3, "a red car"), (3, "a red car"), (3, "a red car"), (24, "a grey clay car")]
     assert [s.judge for s in scores] == [str(clip), "toybox"]
     assert all(0 <= s.colour <= 1 and 0 <= s.geometry <= 1 for s in scores)
     table = evaluate_runs.markdown(scores, len(prompts))
