@@ -209,6 +209,16 @@ def occupancy_update(s: Scene, device, half: bool) -> Case:
                 (ema, torch.zeros_like(s.bitfield), density), "occupancy_update")  # fmt: skip
 
 
+def radiance(s: Scene, device, half: bool) -> Case:
+    width = s.size.widths[-1]
+    out = torch.randn(s.capacity, width, device=device, dtype=torch.half if half else None)
+    p = torch.rand(s.capacity, 3, device=device) - 0.5
+    blob = dict(bias=-2.0, blob_density=5.0, blob_size=0.2)
+    return Case(lambda o: ops.radiance(o, p, **blob, count=s.samples.count)[:2],
+                lambda o: reference.radiance(o.float(), p, **blob, count=s.samples.count)[:2],
+                (out.requires_grad_(),), "radiance_forward", "radiance_backward", half)  # fmt: skip
+
+
 def ray_sphere_intersect(s: Scene, device, half: bool) -> Case:
     radius = s.size.field.radius
     return Case(lambda o, d: ops.ray_sphere_intersect(o, d, radius),
@@ -227,10 +237,10 @@ def spherical_harmonics(s: Scene, device, half: bool) -> Case:
 CASES = {
     f.__name__: f
     for f in (adam_step, composite, composite_lit, frequency_encode, generate_rays, hash_encode,
-              march, mlp, occupancy_points, occupancy_update, ray_sphere_intersect,
+              march, mlp, occupancy_points, occupancy_update, radiance, ray_sphere_intersect,
               spherical_harmonics)
 }  # fmt: skip
-HALF = ("adam_step", "hash_encode", "mlp")
+HALF = ("adam_step", "hash_encode", "mlp", "radiance")
 
 
 def build(name: str, size: str, device: torch.device, half: bool = False) -> tuple[Case, Scene]:

@@ -216,6 +216,20 @@ def occupancy_update(s: Size, card: Card, half: bool) -> Work:
     return Work(cells * (12 + 1 / 8), cells * 4, cells * 6, launches=2)
 
 
+# ---- radiance -----------------------------------------------------------------------------------
+def radiance_forward(s: Size, card: Card, half: bool) -> Work:
+    """A network's outputs and a position a sample in, density and colour out."""
+    width = s.widths[-1]
+    dram = s.rows * (width * _bytes(half) + 4 * (3 + width))
+    return Work(dram, operations=s.rows * (10 + SPECIAL * (width + 1)))
+
+
+def radiance_backward(s: Size, card: Card, half: bool) -> Work:
+    """Density, colour and their gradients in, the outputs' gradient out."""
+    width = s.widths[-1]
+    return Work(s.rows * width * (8 + _bytes(half)), operations=s.rows * 4 * width)
+
+
 # ---- rays ---------------------------------------------------------------------------------------
 def generate_rays(s: Size, card: Card, half: bool) -> Work:
     """Twelve numbers and a focal length a view in, origin and direction out."""
@@ -241,12 +255,13 @@ def spherical_harmonics_backward(s: Size, card: Card, half: bool) -> Work:
 # ---- all of them --------------------------------------------------------------------------------
 # In the order of a step, then those outside it: (function, precisions).
 STEP = (generate_rays, ray_sphere_intersect, march, hash_encode_forward, mlp_forward,
-        composite_forward, composite_backward, mlp_backward, hash_encode_backward,
-        adam_step)  # fmt: skip
+        radiance_forward, composite_forward, composite_backward, radiance_backward, mlp_backward,
+        hash_encode_backward, adam_step)  # fmt: skip
 OTHERS = (occupancy_points, occupancy_update, spherical_harmonics_forward,
           spherical_harmonics_backward, frequency_encode_forward,
           frequency_encode_backward, composite_lit_forward, composite_lit_backward)  # fmt: skip
-HALF = (hash_encode_forward, mlp_forward, mlp_backward, hash_encode_backward, adam_step)
+HALF = (hash_encode_forward, mlp_forward, radiance_forward, radiance_backward, mlp_backward,
+        hash_encode_backward, adam_step)  # fmt: skip
 KERNELS = {f.__name__: f for f in STEP + OTHERS}
 
 

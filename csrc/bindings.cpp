@@ -14,6 +14,7 @@
 #include "march.h"
 #include "mlp.h"
 #include "occupancy.h"
+#include "radiance.h"
 #include "rays.h"
 #include "spherical_harmonics.h"
 #ifdef DF_EMULATED
@@ -370,6 +371,35 @@ static void bind_occupancy(py::module_& m) {
         py::arg("threshold"), py::arg("stream"));
 }
 
+// ---- radiance -----------------------------------------------------------------------------------
+static void bind_radiance(py::module_& m) {
+  m.def("radiance_forward",
+        [](int scalar, Address out, Address positions, Address of_x, Address sigma, Address values,
+           Address gradient, Address count, int64_t n, int channels, bool cone, bool raw,
+           double bias, double ceiling, double blob_density, double blob_size, double scale,
+           Address stream) {
+          LAUNCH_OR_HALF(radiance_forward, RadianceArgs, out, positions, of_x, {}, {}, {}, sigma,
+                         values, gradient, {}, {}, count, n, channels, cone, raw, bias, ceiling,
+                         blob_density, blob_size, scale);
+        },
+        GilReleased(), py::arg("scalar"), py::arg("out"), py::arg("positions"), py::arg("of_x"),
+        py::arg("sigma"), py::arg("values"), py::arg("gradient"), py::arg("count"), py::arg("n"),
+        py::arg("channels"), py::arg("cone"), py::arg("raw"), py::arg("bias"), py::arg("ceiling"),
+        py::arg("blob_density"), py::arg("blob_size"), py::arg("scale"), py::arg("stream"));
+  m.def("radiance_backward",
+        [](int scalar, Address grad_sigma, Address grad_values, Address grad_gradient,
+           Address sigma, Address values, Address grad_out, Address grad_of_x, Address count,
+           int64_t n, int channels, bool raw, double ceiling, double scale, Address stream) {
+          LAUNCH_OR_HALF(radiance_backward, RadianceArgs, {}, {}, {}, grad_sigma, grad_values,
+                         grad_gradient, sigma, values, {}, grad_out, grad_of_x, count, n, channels,
+                         false, raw, 0, ceiling, 0, 1, scale);
+        },
+        GilReleased(), py::arg("scalar"), py::arg("grad_sigma"), py::arg("grad_values"),
+        py::arg("grad_gradient"), py::arg("sigma"), py::arg("values"), py::arg("grad_out"),
+        py::arg("grad_of_x"), py::arg("count"), py::arg("n"), py::arg("channels"), py::arg("raw"),
+        py::arg("ceiling"), py::arg("scale"), py::arg("stream"));
+}
+
 // ---- rays ---------------------------------------------------------------------------------------
 static void bind_rays(py::module_& m) {
   m.def("generate_rays_forward",
@@ -526,6 +556,7 @@ PYBIND11_MODULE(DF_MODULE, m) {
   bind_march(m);
   bind_mlp(m);
   bind_occupancy(m);
+  bind_radiance(m);
   bind_rays(m);
   bind_spherical_harmonics(m);
 }

@@ -18,8 +18,10 @@ from .ops import (
     mlp,
     mlp_gradient,
     mlp_parameters,
+    radiance,
 )
 
+BLOBS = {"gaussian": "gaussian", "magic3d": "cone"}  # config.blob: blob of ops.radiance
 LOG_DENSITY_MAX = 8.0  # exp of more would only make gradients explode: a bin is opaque long before
 
 
@@ -33,28 +35,6 @@ def make_field(config: FieldConfig, generator: torch.Generator) -> nn.Module:
     return kinds[config.name](config, generator)
 
 
-def blob(positions: Tensor, config: FieldConfig) -> Tensor:
-    """What is added to the logarithm of density, so that a scene begins in the middle.
-
-    positions (N, 3), scene units; returns (N,). "gaussian" (A.2): lambda_tau exp(-|mu|² /
-    (2 sigma_tau²)); "magic3d" (Lin et al. 2023, section 3): lambda (1 - |mu| / c), whose gradient
-    is zero at the centre. Raises ValueError for an unknown config.blob."""
-    square = positions.square().sum(-1)
-    if config.blob == "gaussian":
-        return config.blob_density * torch.exp(square / (-2.0 * config.blob_std**2))
-    if config.blob == "magic3d":
-        distance = square.clamp(min=1e-12).sqrt()  # at 0 the root has no derivative
-        return config.cone_density * (1.0 - distance / config.cone_radius)
-    raise ValueError(f"config `blob`: expected gaussian or magic3d, got {config.blob!r}")
-
-
-def blob_gradient(positions: Tensor, config: FieldConfig) -> Tensor:
-    """Of `blob` by position, (N, 3); a constant of the scene, not to be differentiated."""
-    with torch.enable_grad():
-        x = positions.detach().requires_grad_()
-        return torch.autograd.grad(blob(x, config).sum(), x)[0]
-
-
 class Field(nn.Module):
     """Density and albedo of points inside the bounding sphere.
 
@@ -65,6 +45,10 @@ class Field(nn.Module):
 
     def __init__(self, config: FieldConfig, generator: torch.Generator):
         super().__init__()
+        if config.blob not in BLOBS:
+            raise ValueError(
+                f"config `field.blob`: expected {' or '.join(BLOBS)}, got {config.blob!r}"
+            )
         self.config = config
         self.grid = dict(
             n_levels=config.n_levels,
@@ -137,18 +121,21 @@ class Field(nn.Module):
         features = hash_encode(x, self.table, **self.grid, interpolation=way, count=count, **first)
         if self.level_share is not None:
             features = features * self.level_share.to(features.dtype)
-        out = mlp(features, self.weights, self.widths, activation, count=count, **second).float()
-        log_density = out[:, 0] + (blob(positions, self.config) + self.config.density_bias)
-        sigma, values = log_density.clamp(max=LOG_DENSITY_MAX).exp(), out[:, 1:]
-        gradient = self._gradient(positions, x, features.float(), count) if normals else None
-        if self.config.channels == 3:
-            return sigma, torch.sigmoid(values), gradient
-        if latent:
-            return sigma, values.contiguous(), gradient
-        return sigma, (values @ self.to_rgb.T + self.rgb_bias).clamp(0.0, 1.0), gradient
+        out = mlp(features, self.weights, self.widths, activation, count=count, **second)
+        of_x = self._gradient(x, features.float(), count) if normals else None
+        c = self.config
+        cone = c.blob == "magic3d"
+        sigma, values, gradient = radiance(
+            out, positions, c.density_bias, LOG_DENSITY_MAX, BLOBS[c.blob],
+            c.cone_density if cone else c.blob_density, c.cone_radius if cone else c.blob_std,
+            raw=c.channels != 3, of_x=of_x, scale=0.5 / c.radius, count=count,
+        )  # fmt: skip
+        if c.channels != 3 and not latent:
+            values = (values @ self.to_rgb.T + self.rgb_bias).clamp(0.0, 1.0)
+        return sigma, values, gradient if normals else None
 
-    def _gradient(self, positions, x, features, count) -> Tensor:
-        """Of the logarithm of density: backwards through MLP and grid, and the blob's own."""
+    def _gradient(self, x, features, count) -> Tensor:
+        """Of the MLP's first output by x: backwards through MLP and grid."""
         of_out = torch.zeros(len(x), self.widths[-1], device=x.device)
         of_out[:, 0].fill_(1.0)
         of_features = mlp_gradient(
@@ -156,11 +143,10 @@ class Field(nn.Module):
         )
         if self.level_share is not None:
             of_features = of_features * self.level_share
-        of_x = hash_encode_gradient(
+        return hash_encode_gradient(
             of_features, x, self.table, **self.grid, interpolation=self.config.interpolation,
             count=count,
         )  # fmt: skip
-        return of_x / (2.0 * self.config.radius) + blob_gradient(positions, self.config)
 
 
 def _he_uniform(widths: list[int], generator: torch.Generator) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import FieldConfig
-from .field import LOG_DENSITY_MAX, blob
+from .field import LOG_DENSITY_MAX
 from .ops import frequency_encode
 
 CHUNK = 1 << 13  # positions at a time
@@ -34,6 +34,21 @@ class ResidualBlock(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return h + self.second(nn.functional.silu(self.first(h)))
+
+
+def blob(positions: Tensor, config: FieldConfig) -> Tensor:
+    """What is added to the logarithm of density, so that a scene begins in the middle.
+
+    positions (N, 3), scene units; returns (N,). "gaussian" (A.2): lambda_tau exp(-|mu|² /
+    (2 sigma_tau²)); "magic3d" (Lin et al. 2023, section 3): lambda (1 - |mu| / c), whose gradient
+    is zero at the centre. Raises ValueError for an unknown config.blob."""
+    square = positions.square().sum(-1)
+    if config.blob == "gaussian":
+        return config.blob_density * torch.exp(square / (-2.0 * config.blob_std**2))
+    if config.blob == "magic3d":
+        distance = square.clamp(min=1e-12).sqrt()  # at 0 the root has no derivative
+        return config.cone_density * (1.0 - distance / config.cone_radius)
+    raise ValueError(f"config `blob`: expected gaussian or magic3d, got {config.blob!r}")
 
 
 class _Recomputed(torch.autograd.Function):

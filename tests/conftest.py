@@ -44,6 +44,8 @@ TOLERANCE = {
     "mlp_second": ((1e-4, 5e-4), (1e-11, 1e-11)),
     # One rounding more or less (FMA).
     "occupancy_points": ((1e-6, 1e-6), (1e-14, 1e-14)),
+    # A few roundings of numbers of size 1, densities of up to e^3, gradients of up to 25.
+    "radiance": ((1e-5, 1e-5), (1e-12, 1e-12)),
     # Divided by a direction's component, which may be small.
     "ray_box_intersect": ((1e-4, 1e-5), (1e-10, 1e-12)),
     # Roots of a difference that loses digits where a ray grazes the sphere; gradients more so.

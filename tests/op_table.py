@@ -11,6 +11,7 @@ from dreamfusion_fast.ops import reference
 
 G = torch.Generator().manual_seed(0)
 GRID = {"n_levels": 4, "base_resolution": 4, "finest_resolution": 32, "log2_table_size": 8}
+POINTS = 0.6 * torch.rand(7, 3, generator=G, dtype=torch.float64) - 0.3
 PACKED = torch.tensor([[0, 5], [5, 0], [5, 3], [8, 1]], dtype=torch.int32)
 
 
@@ -48,6 +49,14 @@ def cases() -> dict:
                                       (rand(7, 24), rand(7, 3), 0.1 * rand(7)), True),
         "mlp": (lambda m, x, p: m.mlp(x, p, widths, "silu"),
                 (rand(7, 5), rand(ops.mlp_parameters(widths)) - 0.5), True),
+        "hash_encode_gradient": (
+            lambda m, g, x, t: m.hash_encode_gradient(g, x, t, **GRID, interpolation="smoothstep"),
+            (rand(7, 2 * GRID["n_levels"]), rand(7, 3), rand(rows, 2)), True),
+        "mlp_gradient": (lambda m, g, x, p: m.mlp_gradient(g, x, p, widths, "silu"),
+                         (rand(7, widths[-1]), rand(7, 5), rand(ops.mlp_parameters(widths)) - 0.5),
+                         True),
+        "radiance": (lambda m, o, g: m.radiance(o, POINTS.to(o), blob_density=5.0, of_x=g),
+                     (rand(7, 4) - 0.5, rand(7, 3)), True),
         "composite": (lambda m, *a: m.composite(*a, PACKED),
                       (5 * rand(9), rand(9, 3), rand(9), 0.1 * rand(9)), True),
         "composite_lit": (_lit, (5 * rand(9), rand(9, 3), 20 * rand(9, 3) - 10, 0.1 * rand(9)),
@@ -85,11 +94,11 @@ def _adam(m, *tensors):
 
 def error(function, tensors, dtype: torch.dtype) -> float:
     """Largest difference from the float64 twin, relative to 1 + its size."""
-    got = function(ops, *(t.to(dtype) for t in tensors))
-    want = function(reference, *tensors)
+    got, want = function(ops, *(t.to(dtype) for t in tensors)), function(reference, *tensors)
     pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (got, want)), strict=True)
-    return max(float(((a.double() - b.double()).abs() / (1 + b.double().abs())).max())
-               for a, b in pairs)  # fmt: skip
+    return max(
+        float(((a.double() - b).abs() / (1 + b.double().abs())).detach().max()) for a, b in pairs
+    )
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from test_train import Orange, tiny
 
 from dreamfusion_fast.config import FieldConfig
 from dreamfusion_fast.field import LOG_DENSITY_MAX, Field
-from dreamfusion_fast.field import blob as blob_of
+from dreamfusion_fast.field_paper import blob as blob_of
 from dreamfusion_fast.ops import Adam, has_half, reference
 from dreamfusion_fast.train import Trainer
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dreamfusion_fast.config import FieldConfig
-from dreamfusion_fast.field import LOG_DENSITY_MAX, Field, blob, make_field
-from dreamfusion_fast.field_paper import PaperField
+from dreamfusion_fast.field import LOG_DENSITY_MAX, Field, make_field
+from dreamfusion_fast.field_paper import PaperField, blob
 
 TINY = dict(name="paper", n_frequencies=3, width=8, blocks=2)
 

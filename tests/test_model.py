@@ -48,6 +48,10 @@ def test_sizes():
         # beside composite's: gradient, origin, direction, a light a view; normal, orientation
         ("composite_lit_forward", False, 4 * (6 * (7 + 3) + 2 * (7 + 6 + 4) + 2 * 7)),
         ("composite_lit_backward", False, 4 * (6 * (11 + 6) + 2 * (7 + 6 + 4) + 2 * 7)),
+        ("radiance_forward", False, 6 * (4 + 3 + 4) * 4),
+        ("radiance_forward", True, 6 * (4 * 2 + (3 + 4) * 4)),
+        ("radiance_backward", False, 6 * (4 + 4 + 4) * 4),
+        ("radiance_backward", True, 6 * (4 * 2 + (4 + 4) * 4)),
         ("occupancy_points", False, 8 * 3 * 4),
         ("occupancy_update", False, 8 * 3 * 4 + 1),
         ("adam_step", False, (16 + 18) * 7 * 4),

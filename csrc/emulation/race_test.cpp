@@ -14,6 +14,7 @@
 #include "../march.h"
 #include "../mlp.h"
 #include "../occupancy.h"
+#include "../radiance.h"
 #include "../rays.h"
 #include "../spherical_harmonics.h"
 
@@ -151,6 +152,19 @@ template <class T> void occupancy() {
   RUN(occupancy_update, a);
 }
 
+template <class T> void radiance() {
+  RadianceArgs<T> a{};
+  a.n = 300, a.channels = 3, a.ceiling = 8, a.blob_density = 5, a.blob_size = 0.2, a.scale = 2;
+  a.count = filled<int32_t>(1, 299), a.out = numbers<T>(1200);
+  a.positions = numbers<Wide<T>>(900), a.of_x = numbers<Wide<T>>(900);
+  a.sigma = numbers<Wide<T>>(300), a.values = numbers<Wide<T>>(900);
+  a.gradient = numbers<Wide<T>>(900), a.grad_out = numbers<T>(1200);
+  a.grad_sigma = numbers<Wide<T>>(300), a.grad_values = numbers<Wide<T>>(900);
+  a.grad_gradient = numbers<Wide<T>>(900), a.grad_of_x = numbers<Wide<T>>(900);
+  RUN(radiance_forward, a);
+  RUN(radiance_backward, a);
+}
+
 template <class T> void rays() {
   GenerateRaysArgs<T> a{};
   a.b = 2, a.height = 3, a.width = 37;
@@ -192,6 +206,7 @@ template <class T> void all() {
   mlp<T>(false, {3, 16, 16, 4});
   mlp<T>(true, {5, 40, 1});
   occupancy<T>();
+  radiance<T>();
   rays<T>();
   spherical_harmonics<T>();
 }

@@ -12,6 +12,7 @@ from .hash_encode import hash_encode, hash_encode_gradient, hash_table_rows
 from .march import Samples, march
 from .mlp import mlp, mlp_gradient, mlp_parameters
 from .occupancy import occupancy_points, occupancy_update
+from .radiance import radiance
 from .rays import generate_rays, ray_box_intersect, ray_sphere_intersect
 from .spherical_harmonics import spherical_harmonics
 
@@ -34,6 +35,7 @@ __all__ = [
     "mlp_parameters",
     "occupancy_points",
     "occupancy_update",
+    "radiance",
     "ray_box_intersect",
     "ray_sphere_intersect",
     "spherical_harmonics",

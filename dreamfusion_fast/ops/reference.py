@@ -305,6 +305,29 @@ def occupancy_update(ema, bitfield, density, decay, threshold):
     bitfield.copy_((bits.reshape(-1, 8) << torch.arange(8, device=ema.device)).sum(-1))
 
 
+# ---- radiance -----------------------------------------------------------------------------------
+def radiance(
+    out, positions, bias=0.0, ceiling=8.0, blob="gaussian", blob_density=0.0, blob_size=1.0,
+    raw=False, of_x=None, scale=1.0, count=None,
+):  # fmt: skip
+    square = positions.detach().square().sum(-1, keepdim=True)
+    if blob == "gaussian":
+        added = blob_density * (-square / (2 * blob_size**2)).exp()
+        of_blob = -added / blob_size**2 * positions.detach()
+    else:
+        distance = square.sqrt()
+        added = blob_density * (1 - distance / blob_size)
+        toward = torch.where(distance > 0, positions.detach() / distance, 0.0)
+        of_blob = -blob_density / blob_size * toward
+    log_density = out[:, 0] + added[:, 0] + bias
+    sigma = log_density.clamp(max=ceiling).exp()
+    values = out[:, 1:] if raw else out[:, 1:].sigmoid()
+    gradient = positions.new_zeros(0, 3) if of_x is None else scale * of_x + of_blob
+    if of_x is not None:
+        gradient = mask_rows(gradient, count)
+    return mask_rows(sigma, count), mask_rows(values, count), gradient
+
+
 # ---- spherical_harmonics ------------------------------------------------------------------------
 def spherical_harmonics(dirs, degree, count=None):
     """Component l² + l + m: q_l|m|(z) times Re (m >= 0) or Im (m < 0) of (x + iy)^|m|, where

@@ -1,0 +1,107 @@
+// Radiance on the CPU: rows in blocks whose numbers lie side by side, in vector registers.
+#include "radiance.h"
+
+namespace df {
+namespace DF_ISA {
+namespace {
+
+constexpr int64_t GRAIN = 4096;  // rows a chunk
+constexpr int BLOCK = 64;        // rows at a time
+
+// exp without branches, for the compiler to vectorise; from -87 to 88.
+inline float exp_fast(float x) {
+  const ExpParts e = exp_parts(clamp(x, -87.0f, 88.0f));
+  return e.scale + e.scale * e.rest;
+}
+inline double exp_fast(double x) { return std::exp(x); }
+
+// Rows [first, first + n) of the blob, and what its gradient needs: 1 / |p|.
+template <class T>
+void blob_block(const RadianceArgs<T>& a, const Blob<T>& b, int64_t first, int n, T* value,
+                T* inverse) {
+  const T* const p = a.positions + 3 * first;
+  for (int i = 0; i < n; ++i)
+    value[i] = p[3 * i] * p[3 * i] + p[3 * i + 1] * p[3 * i + 1] + p[3 * i + 2] * p[3 * i + 2];
+  if (b.cone) {
+    for (int i = 0; i < n; ++i) {
+      const T distance = std::sqrt(value[i]);
+      inverse[i] = distance > T(0) ? 1 / distance : T(0);
+      value[i] = b.density + b.factor * distance;
+    }
+  } else {
+    for (int i = 0; i < n; ++i) value[i] = b.density * exp_fast(b.factor * value[i]);
+  }
+}
+
+template <class T>
+void forward_block(const RadianceArgs<T>& a, const Blob<T>& b, int64_t first, int n) {
+  const int width = 1 + a.channels;
+  T value[BLOCK], inverse[BLOCK] = {}, work[BLOCK];
+  blob_block(a, b, first, n, value, inverse);
+  const T* const out = a.out + width * first;
+  const T bias = T(a.bias), ceiling = T(a.ceiling);
+  for (int i = 0; i < n; ++i) {
+    const T log_sigma = out[width * i] + value[i] + bias;
+    work[i] = log_sigma > ceiling ? ceiling : log_sigma;
+  }
+  for (int i = 0; i < n; ++i) a.sigma[first + i] = exp_fast(work[i]);
+  for (int c = 0; c < a.channels; ++c) {
+    T* const values = a.values + a.channels * first + c;
+    for (int i = 0; i < n; ++i) work[i] = out[width * i + 1 + c];
+    if (!a.raw)
+      for (int i = 0; i < n; ++i) work[i] = 1 / (1 + exp_fast(-work[i]));
+    for (int i = 0; i < n; ++i) values[a.channels * i] = work[i];
+  }
+  if (!a.gradient) return;
+  for (int i = 0; i < n; ++i) {
+    const vec3<T> p = load3(a.positions + 3 * (first + i));
+    const vec3<T> of_x = load3(a.of_x + 3 * (first + i));
+    store3(a.gradient + 3 * (first + i),
+           T(a.scale) * of_x + blob_gradient(b, p, value[i], inverse[i]));
+  }
+}
+
+}  // namespace
+
+template <class T> void radiance_forward(const RadianceArgs<T>& a, Stream) {
+  const int64_t valid = valid_rows(a.count, a.n);
+  const Blob<T> blob = radiance_blob<T>(a);
+  parallel_for(a.n, GRAIN, [&](int64_t begin, int64_t end) {
+    const int64_t stop = clamp(valid, begin, end);
+    for (int64_t first = begin; first < stop; first += BLOCK)
+      forward_block(a, blob, first, int(min<int64_t>(BLOCK, stop - first)));
+    fill_zero(a.sigma, stop, end);
+    fill_zero(a.values, a.channels * stop, a.channels * end);
+    if (a.gradient) fill_zero(a.gradient, 3 * stop, 3 * end);
+  });
+}
+
+template <class T> void radiance_backward(const RadianceArgs<T>& a, Stream) {
+  const int64_t valid = valid_rows(a.count, a.n);
+  const int channels = a.channels, width = 1 + channels;
+  const T most = exp_fast(T(a.ceiling)), scale = T(a.scale);
+  parallel_for(a.n, GRAIN, [&](int64_t begin, int64_t end) {
+    const int64_t stop = clamp(valid, begin, end);
+    for (int64_t i = begin; i < stop; ++i) {
+      const T sigma = a.sigma[i];
+      T* const grad = a.grad_out + width * i;
+      grad[0] = a.grad_sigma && !(sigma >= most) ? a.grad_sigma[i] * sigma : T(0);
+      for (int c = 0; c < channels; ++c) {
+        const T g = a.grad_values ? a.grad_values[channels * i + c] : T(0);
+        const T v = a.values[channels * i + c];
+        grad[1 + c] = a.raw ? g : g * (v * (1 - v));
+      }
+    }
+    fill_zero(a.grad_out, width * stop, width * end);
+    if (!a.grad_of_x) return;
+    for (int64_t i = 3 * begin; i < 3 * stop; ++i)
+      a.grad_of_x[i] = a.grad_gradient ? scale * a.grad_gradient[i] : T(0);
+    fill_zero(a.grad_of_x, 3 * stop, 3 * end);
+  });
+}
+
+DF_INSTANTIATE(radiance_forward, RadianceArgs)
+DF_INSTANTIATE(radiance_backward, RadianceArgs)
+
+}  // namespace DF_ISA
+}  // namespace df
