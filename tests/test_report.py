@@ -6,14 +6,17 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from synthetic_result import MACHINE, full_record, record, row, spread
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import compare, report
-from bench.record import check, load, speedups, times
+from bench import compare, report, stages
+from bench.record import check, load, speedups
+from dreamfusion_fast import ops
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -218,5 +221,42 @@ def test_the_newest_other_result_is_compared(tmp_path, capsys):
     assert "2030-01-03-c.json" in capsys.readouterr().out
 
 
-def test_times_of_untimed_rows():
-    assert times(row(ms=None)) is None and times(row(ms=2.0)).middle == 2.0
+# ---- the shares of a step ----
+def test_shares_of_a_profile():
+    def event(key, own, total=0.0):
+        return SimpleNamespace(key=key, self_cpu_time_total=1e6 * own, cpu_time_total=1e6 * total)
+
+    events = [
+        event("dreamfusion_fast::hash_encode_second", 2.0), event("aten::mul", 0.5),
+        event("GeneratedBackwardFor_dreamfusion_fast_hash_encode_defaultBackward", 1.0),
+        event("autograd::engine::evaluate_function: GeneratedBackwardFor_dreamfusion_fast_mlp"
+              "_backward_defaultBackward", 1.5),
+        event("dreamfusion_fast::adam_step", 0.05), event(stages.GUIDANCE, 0.0, 4.0),
+        event("aten::convolution", 3.9),  # a part of the guidance
+    ]  # fmt: skip
+    found = stages.shares(events, 10.0)
+    assert found == pytest.approx({"guidance": 4.0, "hash_encode": 3.0, "mlp": 1.5,
+                                   stages.REST: 1.5})  # fmt: skip
+    assert next(iter(found)) == "guidance"
+
+
+def test_torch_names_kernels_as_expected():
+    """Forward and backward of an op are found in a profile, under its name."""
+    x = torch.rand(50, 3, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ops.spherical_harmonics(x, 3).sum().backward()
+    names = [e.key for e in profile.key_averages() if "dreamfusion_fast" in e.key]
+    assert any("ackward" in name for name in names)
+    assert {stages.kernel_of(name) for name in names} == {"spherical_harmonics"}
+
+
+def test_stages_are_put_into_a_result(tmp_path, monkeypatch, capsys):
+    path = save(tmp_path / "a.json", full_record())
+    for ms in (20.0, 30.0):
+        made = row("training step", ms=ms, stages={"mlp": ms}, bytes=None, flops=None)
+        monkeypatch.setattr(stages, "measure", lambda steps, made=made: made)
+        assert stages.main([path]) == 0
+    assert "mlp" in capsys.readouterr().out
+    (kept,) = (r for r in load(path)["rows"] if r["op"] == "training step")
+    assert kept["stages"] == {"mlp": 30.0} and len(load(path)["rows"]) == 145
+    assert report.main([path]) == 0
