@@ -22,8 +22,9 @@ OTHERS = ("#4f9d4f", "#c77dba", "#b5a642")
 STYLE = {"font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
          "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold",
          "axes.titlelocation": "left", "axes.edgecolor": "#8a8d91", "axes.axisbelow": True,
-         "grid.color": "#e4e4e4", "legend.frameon": False, "savefig.dpi": 150}  # fmt: skip
-WIDTH = 9.0  # inches
+         "grid.color": "#e4e4e4", "legend.frameon": False, "savefig.dpi": 150,
+         "figure.constrained_layout.use": True}  # fmt: skip
+WIDTH = 10.0  # inches
 BAR = 0.19  # inches, a bar of the speedups
 
 
@@ -50,7 +51,7 @@ def draw(record: dict) -> dict[str, bytes]:
 
 def _png(figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight")
+    figure.savefig(buffer, format="png")
     plt.close(figure)
     return buffer.getvalue()
 
@@ -104,7 +105,8 @@ def _bars(found: dict[str, dict[str, Spread]], palette: dict[str, str], title: s
             reach = [[ratio.middle - ratio.low], [ratio.high - ratio.middle]]
             axes.barh(y, ratio.middle - 1, 0.8, 1, color=palette[name], xerr=reach,
                       error_kw={"elinewidth": 1, "ecolor": "#333333", "capsize": 2})  # fmt: skip
-            axes.annotate(f"{ratio.middle:.3g}×  {name}", (max(ratio.high, 1), y), (5, 0),
+            text = f"{ratio.middle:.3g}×  {name}{', noisy' * ratio.noisy}"
+            axes.annotate(text, (max(ratio.high, 1), y), (5, 0),
                           textcoords="offset points", va="center", fontsize=8)  # fmt: skip
             y += 1
         y += 1
@@ -169,8 +171,8 @@ def growth(rows: list[dict]):
     palette, down = colours(rows), -(-len(panels) // 3)
     directions = dict.fromkeys(d for lines in panels.values() for _, d in lines)
     dashes = {d: ("-", "--", ":", "-.")[i % 4] for i, d in enumerate(directions)}
-    figure, grid = plt.subplots(down, 3, squeeze=False, layout="constrained",
-                                figsize=(WIDTH + 1, 2.8 * down + 0.3))  # fmt: skip
+    figure, grid = plt.subplots(down, 3, squeeze=False,
+                                figsize=(WIDTH, 2.6 * down + 0.4))  # fmt: skip
     for axes, ((op, parameter), lines) in zip(grid.flat, panels.items()):
         _curves(axes, lines, palette, dashes, logarithmic=not parameter.startswith("log2"))
         axes.set(title=op, xlabel=parameter, ylabel="ms")

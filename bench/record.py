@@ -35,10 +35,12 @@ class Spread(NamedTuple):
     middle: float
     low: float
     high: float
+    noisy: bool = False  # of a row that is
 
     def __truediv__(self, other: Spread) -> Spread:
         """The widest bounds that both spreads allow."""
-        return Spread(self.middle / other.middle, self.low / other.high, self.high / other.low)
+        return Spread(self.middle / other.middle, self.low / other.high, self.high / other.low,
+                      self.noisy or other.noisy)  # fmt: skip
 
 
 def load(path: str | Path) -> dict:
@@ -105,7 +107,7 @@ def describe(row: dict) -> str:
 def times(row: dict, cache: str = "warm") -> Spread | None:
     """Milliseconds; None where the row was not timed."""
     found = row[cache]
-    return found and Spread(*(found[k] for k in TIMES))
+    return found and Spread(*(found[k] for k in TIMES), bool(row["noisy"]))
 
 
 def speedups(rows: list[dict]) -> dict[tuple, dict[str, Spread]]:

@@ -31,7 +31,7 @@ from bench.record import (
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b2a41; max-width: 1180px; margin: 2em auto;
        padding: 0 1em; }
-h1, h2, h3 { line-height: 1.2; margin: 1.6em 0 .5em; } h1 { margin-top: 0; }
+h1, h2, h3 { line-height: 1.2; margin: 1.6em 0 .5em; } h1 { margin-top: 0; font-size: 1.7em; }
 img { max-width: 100%; display: block; margin: 1em 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
@@ -83,7 +83,7 @@ def reach(spread: Spread) -> str:
 
 
 def faster(ratio: Spread) -> tuple[str, str]:
-    return f"{number(ratio.middle)}×", reach(ratio)
+    return f"{number(ratio.middle)}×", reach(ratio) + ", noisy" * ratio.noisy
 
 
 def remarks(row: dict) -> list[str]:
@@ -126,7 +126,7 @@ def summary(rows: list[dict]) -> str:
         cells = [faster(ratios[name]) if name in ratios else doubtful.get((case(row), name), "–")
                  for name in others]  # fmt: skip
         lines.append([row["op"], row["size"], row["direction"], row["dtype"],
-                      (number(times(row).middle), reach(times(row))),
+                      (number(times(row).middle), reach(times(row)) + ", noisy" * times(row).noisy),
                       (number(row["percent_of_limit"]), row["limit"] or "–"), *cells])  # fmt: skip
     head = ["op", "size", "pass", "dtype", "ours, ms", "% of limit", *others]
     return table(head, lines)
@@ -176,7 +176,7 @@ def page(record: dict, pictures: dict[str, bytes]) -> str:
     title = f"dreamfusion_fast: benchmarks on {m['cpu']}, {m['cores']} cores"
     counts = [sum(map(unequal, rows)), sum(not unequal(r) and not times(r) for r in rows),
               sum(bool(r["noisy"]) for r in rows)]  # fmt: skip
-    lead = (f"{len(rows)} rows, {m['threads']} threads, commit {m['commit']}, {record['date']}. "
+    lead = (f"{len(rows)} rows, threads: {m['threads']}, commit {m['commit']}, {record['date']}. "
             f"Gave other results and were not timed: {counts[0]}. Failed: {counts[1]}. "
             f"Noisy: {counts[2]}. Contenders absent: {len(record['absent'])}.")  # fmt: skip
     images = "\n".join(
@@ -192,7 +192,8 @@ def page(record: dict, pictures: dict[str, bytes]) -> str:
 <p>{escape(lead)}</p>
 <h2>In short</h2>
 <p>Milliseconds of ours, its percentage of the machine's measured limit, and how many times it is
-faster than each contender. Warm cache; small: 20 to 80 %, and what both spreads allow.</p>
+faster than each contender. Warm cache, where more than 100 % is possible; small: 20 to 80 %, and
+what both spreads allow.</p>
 {summary(rows)}
 <h2>What to doubt</h2>
 {doubts(record)}

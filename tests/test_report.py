@@ -73,7 +73,9 @@ def test_speedups_have_the_widest_bounds():
             row(contender="jax", size="large"), row(contender="drjit", ms=None)]  # fmt: skip
     ((case, found),) = speedups(rows).items()
     assert case == ("hash_encode", "paper", "forward", "float32") and found.keys() == {"jax"}
-    assert found["jax"] == pytest.approx((5.0, 40 / 11, 60 / 9))
+    assert found["jax"][:3] == pytest.approx((5.0, 40 / 11, 60 / 9)) and not found["jax"].noisy
+    rows[0]["noisy"] = True  # a noisy divisor makes a noisy ratio
+    assert speedups(rows)[case]["jax"].noisy
 
 
 # ---- the page ----
@@ -136,6 +138,8 @@ def test_the_page_says_what_to_doubt(folder):
     summary = cells(html[: html.index("<h2>What to doubt")])
     (line,) = (c for c in summary if c[:3] == ["hash_encode", "paper", "forward"])
     assert "unequal" in line and any(c.startswith("22×") for c in line)
+    (line,) = (c for c in summary if c[:3] == ["mlp", "paper", "forward"])
+    assert [c.endswith("noisy") for c in line] == [False] * (len(line) - 1) + [True]  # warp
 
 
 def test_nothing_to_doubt_is_said_too():
