@@ -12,7 +12,8 @@ STEMS := $(patsubst csrc/%.cu,%,$(wildcard csrc/*.cu))
 EMULATED_TESTS := tests/test_emulation.py tests/test_field.py tests/test_field_paper.py \
   $(foreach stem,$(STEMS),$(wildcard tests/test_$(stem).py tests/test_$(stem)_*.py))
 
-.PHONY: demo test check kernels emulated mutation triton resources gpu-check clean
+.PHONY: demo test check kernels emulated mutation triton resources instructions gpu-check \
+  bench-compare clean
 
 demo: $(VENV)/.installed  ## text to 3D with the embedded prior: make demo PROMPT="a blue duck"
 	$(BIN)/dreamfusion-fast doctor
@@ -23,7 +24,7 @@ test: check  ## lint, every test, every check of the CUDA kernels that needs no 
 	$(BIN)/python -m pytest
 	$(MAKE) --no-print-directory kernels
 
-kernels: emulated mutation triton resources
+kernels: emulated mutation triton resources instructions
 
 check: $(VENV)/.installed  ## lint only
 	$(BIN)/ruff check .
@@ -50,6 +51,19 @@ else
 resources:
 	@echo "The CUDA module was neither built nor inspected: no nvcc (PATH, /usr/local/cuda)."
 endif
+
+ifneq ($(shell command -v valgrind),)
+instructions: $(VENV)/.tools  ## instructions of three CPU kernel calls, held to committed counts
+	$(CMAKE) -B build/instructions $(CMAKE_OPTIONS) -DDF_CUDA=OFF
+	$(CMAKE) --build build/instructions --target instructions
+	$(BIN)/python tests/instructions.py build/instructions/instructions
+else
+instructions:
+	@echo "Instructions were not counted: no valgrind (apt-get install valgrind)."
+endif
+
+bench-compare: $(VENV)/.installed  ## is NEW slower? make bench-compare BASE=old.json [NEW=new.json]
+	$(BIN)/python bench/compare.py $(BASE) $(NEW)
 
 gpu-check:  ## where there is a GPU: build, test, measure; no .venv: make gpu-check ARGS="--out DIR"
 	$(PYTHON) bench/gpu_check.py $(ARGS)
