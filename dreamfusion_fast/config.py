@@ -242,6 +242,7 @@ def preset(guidance: str, **settings) -> RunConfig:
         # Guidance makes parts fatter than they are; the paper's weight hardly holds against it.
         config.loss.opacity = (0.15, 0.01, 1.0)
         config.shading.white = 0.62  # of world.CLAY: what its training showed as textureless
+        config.shading.lit = 0.5  # a few hundred steps need more albedo to find their colours
         config.steps = settings.get("steps", 300)
     if guidance == "clip":  # Dream Fields knows neither light nor words for views
         config.camera = toybox_camera()
