@@ -40,7 +40,7 @@ CEILING_OF = {  # kernel:type -> registers, and why more
 }
 
 # (kernel<arguments>:type, architectures from, instructions, wanted, why)
-DOUBLE_ON_PURPOSE = "adam_prepare|frequency|march_kernel|occupancy_(ema|bits)"
+DOUBLE_ON_PURPOSE = "adam_prepare|frequency|march_kernel|radiance|occupancy_(ema|bits)"
 FACTS = [
     (r".*(backward|grad).*", 80, "ATOM", False, "sums to memory return nothing"),
     (r"hash_grad_table_kernel.*", 80, "REDG?[.]", True, "sums to memory"),
