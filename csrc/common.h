@@ -128,6 +128,13 @@ inline ExpParts exp_parts(float x) {
   return e;
 }
 
+// exp without branches, to 2 ulp; float: the ends of what a float holds beyond [-87, 88].
+inline float exp_fast(float x) {
+  const ExpParts e = exp_parts(clamp(x, -87.0f, 88.0f));
+  return e.scale + e.scale * e.rest;
+}
+inline double exp_fast(double x) { return std::exp(x); }
+
 // Calls body(begin, end) for [0, n) in chunks of `grain` (the last is shorter), in any order, on
 // all threads. Chunk k is [k * grain, ...) whatever the number of threads: a reduction that keeps
 // one partial result a chunk and adds them in order of k is bit-identical for any number.

@@ -167,13 +167,6 @@ template <class T> void add_sums(Block<T> block, const T* g, int n_out, T* grad)
   }
 }
 
-// exp without branches, clamped to what a float holds.
-inline float exp_fast(float x) {
-  const ExpParts e = exp_parts(clamp(x, -87.0f, 88.0f));
-  return e.scale + e.scale * e.rest;
-}
-inline double exp_fast(double x) { return std::exp(x); }
-
 // Activates the values in place. SLOPE: silu's derivatives go there.
 template <class T> void activate_relu(Block<T> block, int width, T* values) {
   for (T* const end = values + width * Block<T>::ROWS; values < end; values += Block<T>::ROWS)

@@ -8,13 +8,6 @@ namespace {
 constexpr int64_t GRAIN = 4096;  // rows a chunk
 constexpr int BLOCK = 64;        // rows at a time
 
-// exp without branches, for the compiler to vectorise; from -87 to 88.
-inline float exp_fast(float x) {
-  const ExpParts e = exp_parts(clamp(x, -87.0f, 88.0f));
-  return e.scale + e.scale * e.rest;
-}
-inline double exp_fast(double x) { return std::exp(x); }
-
 // Rows [first, first + n) of the blob, and what its gradient needs: 1 / |p|.
 template <class T>
 void blob_block(const RadianceArgs<T>& a, const Blob<T>& b, int64_t first, int n, T* value,

@@ -22,6 +22,7 @@ from .ops import (
 )
 
 MAX_CHANNELS = 8  # of composite
+TINY = 1e-30  # density whose logarithm is taken, at least: rows past the count have 0
 CAPACITY_STEP = 1 << 14  # sample buffers grow in steps of so many rows
 
 
@@ -106,7 +107,10 @@ class Renderer(nn.Module):
             return self.field(x, count, latent, normals)
         steps = c.epsilon * torch.eye(3, device=x.device)
         ends = [
-            [self.field((x + sign * step).contiguous(), count)[0].log() for sign in (1, -1)]
+            [
+                self.field((x + sign * step).contiguous(), count)[0].clamp(min=TINY).log()
+                for sign in (1, -1)
+            ]
             for step in steps
         ]
         gradient = torch.stack([high - low for high, low in ends], 1) / (2.0 * c.epsilon)
