@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig
 
-from .toybox.scorer import Scorer, _check_images
+from .toybox.scorer import Scorer, check_images
 
 OPEN_CLIP = "open_clip:"
 _CHUNK = 64  # pictures or prompts at once
@@ -78,7 +78,7 @@ class OpenClip:
     @torch.no_grad()
     def similarities(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Cosine similarities (B, P) of images (B, 3, S, S) in [0, 1] and P prompts, on the CPU."""
-        _check_images(images)
+        check_images(images)
         if self._texts is None or self._texts[0] != list(prompts):
             chunks = [prompts[i : i + _CHUNK] for i in range(0, len(prompts), _CHUNK)]
             tokens = [self.tokenizer(list(c)).to(self.device) for c in chunks]

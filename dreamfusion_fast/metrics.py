@@ -103,18 +103,15 @@ def true_views(
 ) -> Tensor:
     """Pictures (B, 3, size, size) in [0, 1] of object `name`: the albedo with its main part in
     `colour`; None: textureless, all white and lit as export.render_views does it."""
-    n = len(cameras.focal)
     rays_o, rays_d = pinhole_rays(cameras, 2 * size)
     g = true_renderer.trace(name, rays_o, rays_d)
     points = rays_o + g.depth.float()[..., None] * rays_d
-    light = cameras.c2w[:, :, 3].clone()
-    light[:, 2] += shading.RAISED * light.norm(dim=-1)
-    palette, ambient = torch.ones(256, 3), shading.FIXED_AMBIENT
-    if colour is not None:
-        palette, ambient = true_renderer.palette(name, world.COLOURS[colour]), 1.0
-    palettes, ambients = palette.expand(n, -1, -1), torch.full((n,), ambient)
-    behind = GREY.view(1, 1, 1, 3)
-    images = true_renderer.shade(g.part, g.normal, points, palettes, behind, light, ambients)
+    rows = shading.fixed(cameras, "textureless" if colour is None else "albedo")
+    palette = true_renderer.palette(name, world.COLOURS[colour]) if colour else torch.zeros(256, 3)
+    palettes = rows[:, 5, None, None] * palette + rows[:, 6, None, None]
+    light = rows[:, :3], rows[:, 3], rows[:, 4]
+    behind = background.view(1, 1, 1, 3)
+    images = true_renderer.shade(g.part, g.normal, points, palettes, behind, *light)
     return images.clamp(0.0, 1.0)
 
 

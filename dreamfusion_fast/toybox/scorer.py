@@ -38,7 +38,7 @@ class Scorer:
 
     def similarities(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Cosine similarities (B, P) of images (B, 3, S, S) in [0, 1] and P prompts, on the CPU."""
-        _check_images(images)
+        check_images(images)
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"argument `prompts`: expected a list of prompts, got {prompts!r}")
         with torch.no_grad():
@@ -84,7 +84,7 @@ class Scorer:
         return F.normalize(self.model.text_projection(pooled), dim=-1)
 
 
-def _check_images(images: Tensor) -> None:
+def check_images(images: Tensor) -> None:
     shape = tuple(images.shape)
     if len(shape) != 4 or shape[0] < 1 or shape[1] != 3 or shape[2] != shape[3]:
         raise ValueError(f"argument `images`: expected shape (B, 3, S, S), got {shape}")
