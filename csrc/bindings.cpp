@@ -272,20 +272,20 @@ static void bind_hash_encode(py::module_& m) {
 static void bind_march(py::module_& m) {
   m.def("march",
         [](int scalar, Address rays_o, Address rays_d, Address near, Address far,
-           Address bitfield, Address seed, Address positions, Address t, Address dt,
+           Address bitfield, Address seed, Address limit, Address positions, Address t, Address dt,
            Address packed, Address count, Address first, Address blocks, Address counter,
-           int64_t n, int64_t capacity, int resolution, double bound, double step, bool jitter,
-           Address stream) {
-          LAUNCH(march, MarchArgs, rays_o, rays_d, near, far, bitfield, seed, positions, t, dt,
-                 packed, count, first, blocks, counter, n, capacity, resolution, bound, step,
-                 jitter);
+           int64_t n, int64_t capacity, int64_t first_ray, int resolution, double bound,
+           double step, bool jitter, Address stream) {
+          LAUNCH(march, MarchArgs, rays_o, rays_d, near, far, bitfield, seed, limit, positions, t,
+                 dt, packed, count, first, blocks, counter, n, capacity, first_ray, resolution,
+                 bound, step, jitter);
         },
         GilReleased(), py::arg("scalar"), py::arg("rays_o"), py::arg("rays_d"), py::arg("near"),
-        py::arg("far"), py::arg("bitfield"), py::arg("seed"), py::arg("positions"), py::arg("t"),
-        py::arg("dt"), py::arg("packed"), py::arg("count"), py::arg("first"),
-        py::arg("blocks"), py::arg("counter"), py::arg("n"), py::arg("capacity"),
-        py::arg("resolution"), py::arg("bound"), py::arg("step"), py::arg("jitter"),
-        py::arg("stream"));
+        py::arg("far"), py::arg("bitfield"), py::arg("seed"), py::arg("limit"),
+        py::arg("positions"), py::arg("t"), py::arg("dt"), py::arg("packed"), py::arg("count"),
+        py::arg("first"), py::arg("blocks"), py::arg("counter"), py::arg("n"),
+        py::arg("capacity"), py::arg("first_ray"), py::arg("resolution"), py::arg("bound"),
+        py::arg("step"), py::arg("jitter"), py::arg("stream"));
 }
 
 // ---- mlp ----------------------------------------------------------------------------------------

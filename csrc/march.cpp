@@ -72,11 +72,14 @@ void count_samples(const MarchArgs<T>& a, const OccupancyGrid<T>& grid, uint64_t
   parallel_for(a.n, GRAIN, [&](int64_t ray, int64_t last) {
     for (; ray < last; ++ray) {
       const Ray<T> r = load_ray(a, ray);
+      const int limit = sample_limit(a, ray);
       int begin, end, first = 0, n = 0;
       bin_range(r, grid, begin, end);
-      for_samples(r, grid, a.jitter, seed, uint32_t(ray), begin, end, [&](int i, const Sample<T>&) {
+      if (limit <= 0) end = begin;
+      for_samples(r, grid, a.jitter, seed, ray_number(a, ray), begin, end,
+                  [&](int i, const Sample<T>&) {
         if (n++ == 0) first = i;
-        return true;
+        return n < limit;
       });
       a.packed[2 * ray + 1] = n;
       a.first[ray] = first;
@@ -105,7 +108,7 @@ template <class T> void fill(const MarchArgs<T>& a, const OccupancyGrid<T>& grid
       int64_t row = a.packed[2 * ray];
       const int64_t stop = row + a.packed[2 * ray + 1];
       if (row == stop) continue;
-      for_samples(load_ray(a, ray), grid, a.jitter, seed, uint32_t(ray), a.first[ray], MAX_BINS,
+      for_samples(load_ray(a, ray), grid, a.jitter, seed, ray_number(a, ray), a.first[ray], MAX_BINS,
                   [&](int, const Sample<T>& s) {
         store3(a.positions + 3 * row, s.position);
         a.t[row] = s.t;

@@ -22,6 +22,8 @@ def check(config: RunConfig) -> None:
         raise ValueError(
             f"argument `occupancy_every`: expected at least 1, got {config.render.occupancy_every}"
         )
+    if config.render.rows < 1:
+        raise ValueError(f"config `render.rows`: expected at least 1, got {config.render.rows}")
     if config.render.background not in BACKGROUNDS:
         raise ValueError(
             f"argument `background`: expected one of {', '.join(BACKGROUNDS)}, got "

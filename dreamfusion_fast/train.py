@@ -26,7 +26,7 @@ from .graph import Captured
 from .guidance.timed import Timed
 from .ops import has_half
 from .prompting import Prompts
-from .render import Renderer, Rendering
+from .render import NO_LIMIT, Renderer, Rendering
 
 MEASURES = ("sds", "opacity", "mean_opacity", "samples", "views_skipped", "updates_skipped")
 REPORT_EVERY = 10  # steps, on a GPU: reading what it measured waits for it
@@ -92,6 +92,7 @@ class Trainer:
         )
         self.optimizer = self._build_optimizer()
         self.regularizers = losses.active(config.loss)
+        self.keep_samples = "distortion" in self.regularizers  # which weighs each of them
         self.measured = torch.zeros(len(MEASURES), dtype=torch.float64, device=self.device)
         self.bad = torch.zeros(1, dtype=torch.int32, device=self.device)  # views, since the start
         self.draws: list[Draw] = []  # of the current step, where the graph reads them
@@ -230,6 +231,7 @@ class Trainer:
         rendering = self.renderer(
             draw.cameras, draw.seeds[:1], draw.background, latent=latent,
             shading=draw.shading if lit else None,
+            keep_samples=self.keep_samples,
         )  # fmt: skip
         z = rendering.image if latent else self.guidance.encode(rendering.image)
         share = self.grad_scale / (c.views * c.accumulate)
@@ -238,8 +240,7 @@ class Trainer:
         total = self.grad_scale / c.accumulate * losses.weighted(terms, draw.losses)
         torch.autograd.backward((z, total), (gradient.to(z.dtype), torch.ones_like(total)))
         spread = gradient.square().mean().sqrt() / share
-        count = rendering.samples.count[0]
-        measures = spread, terms["opacity"], rendering.opacity.mean(), count
+        measures = spread, terms["opacity"], rendering.opacity.mean(), rendering.count[0]
         return torch.stack([x.detach().double() for x in measures])
 
     def _guide(self, z: Tensor, draw: Draw, share: float) -> Tensor:
@@ -283,12 +284,17 @@ class Trainer:
             row = {"step": self.step - n + i} | dict(zip(MEASURES, measures, strict=True))
             for name in ("samples", "views_skipped", "updates_skipped"):
                 row[name] = int(row[name])
-            row["samples_lost"] = max(0, row["samples"] - self.renderer.capacity)
+            row["samples_lost"] = max(0, row["samples"] - self._capacity())
             row["seconds"] = round(seconds / n, 6)
             row["guidance_share"] = None if guided is None else round(guided / seconds, 4)
             rows.append(row)
         log.writelines(json.dumps(row) + "\n" for row in rows)
         return rows
+
+    def _capacity(self) -> int:
+        """Samples that a step can have."""
+        in_batches = self.renderer.batched and not self.keep_samples
+        return NO_LIMIT if in_batches else self.renderer.capacity
 
     def _look_at(self, rows: list[dict]) -> None:
         """Draw conclusions from metrics: give up, or make room for more samples."""

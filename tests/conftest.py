@@ -50,6 +50,8 @@ TOLERANCE = {
     "ray_box_intersect": ((1e-4, 1e-5), (1e-10, 1e-12)),
     # Roots of a difference that loses digits where a ray grazes the sphere; gradients more so.
     "ray_sphere_intersect": ((1e-3, 1e-4), (1e-9, 1e-10)),
+    # The same roundings; gradients sum some thousand terms of up to 10, batch by batch.
+    "render": ((1e-4, 1e-3), (1e-10, 1e-10)),
     # Same recurrence, other roundings (FMA); gradients sum 64 terms of up to 30 (degree 8).
     "spherical_harmonics": ((1e-5, 1e-4), (1e-12, 1e-11)),
 }
