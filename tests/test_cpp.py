@@ -124,7 +124,7 @@ def test_same_picture_as_python(render, renderer, tmp_path):
         output(render, tmp_path / "a.png", *options, "--size", 48)
         got = np.asarray(Image.open(tmp_path / "a.png")).astype(float)
         assert got.shape == (48, 48, 3) and np.abs(got - want).max() <= 1
-        assert np.ptp(want, (0, 1)).min() > 50  # something is to be seen
+        assert np.ptp(want, (0, 1)).max() > 50  # something is to be seen
 
 
 def test_a_scene_made_up(render, tmp_path):
@@ -159,7 +159,8 @@ def test_bad_arguments(render, arguments, said, tmp_path, monkeypatch):
     [
         ("dreamfusion_fast field 1", "ply", "expected a file of export_field.py, which begins"),
         ("\nradius 0.75", "", "`radius`: expected 1 to 1 numbers, got 0"),
-        ("radius 0.75", "radius nan", "`radius`: expected 1e-06 to 1e+06, got nan"),
+        ("radius 0.75", "radius -1", "`radius`: expected 1e-06 to 1e+06, got -1"),
+        ("radius 0.75", "radius nan", "line `radius nan`: expected numbers"),
         ("features 2", "features 3", "`features`: expected 8 to 8, got 3"),
         ("smoothstep 1", "smoothstep yes", "line `smoothstep yes`: expected numbers"),
         ("widths 8 ", "widths 9 ", "`widths`: expected 8 to 8, got 9"),
@@ -206,8 +207,8 @@ def test_instruction_sets_share_no_code(moved):
     member, shared = "", []
     for line in output("nm", "-C", "--defined-only", library).splitlines():
         member = line if line.endswith(".o:") else member
-        symbol = re.match(r"\w+ [WVuC] (?!df::(?:base|v3)::)(.*)", line)
-        if symbol and "dispatch" not in member:
+        symbol = re.match(r"\w+ [WVuC] (.*)", line)
+        if symbol and "dispatch" not in member and not re.search(r"\bdf::(base|v\d)::", symbol[1]):
             shared.append(symbol[1])
     data = {"DW.ref.__gxx_personality_v0", ".gomp_critical_user_df_march"}
     assert set(shared) <= data
@@ -220,8 +221,9 @@ def test_another_version_is_refused(moved, version, tmp_path):
         "cmake", "-S", tmp_path, "-B", tmp_path / "build",
         f"-DCMAKE_PREFIX_PATH={moved.parents[2]}", status=1,
     )  # fmt: skip
-    assert f'compatible with requested\n  version "{version}"' in said
-    assert f"version: {dreamfusion_fast.__version__}" in said
+    said = " ".join(said.split())
+    assert f'compatible with requested version "{version}"' in said
+    assert f"version: {dreamfusion_fast.__version__} The version found is not compatible" in said
 
 
 def test_names_no_absolute_path(moved):
