@@ -8,11 +8,13 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 CMAKE := $(BIN)/cmake
 CMAKE_OPTIONS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
   -DPython_EXECUTABLE=$(abspath $(BIN))/python
+CPP_OPTIONS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DDF_PYTHON=OFF \
+  -DCMAKE_INSTALL_PREFIX=$(abspath build/cpp/install)
 STEMS := $(patsubst csrc/%.cu,%,$(wildcard csrc/*.cu))
 EMULATED_TESTS := tests/test_emulation.py tests/test_field.py tests/test_field_paper.py \
   $(foreach stem,$(STEMS),$(wildcard tests/test_$(stem).py tests/test_$(stem)_*.py))
 
-.PHONY: demo test check kernels emulated mutation triton resources instructions gpu-check \
+.PHONY: demo test check kernels emulated mutation triton resources cpp instructions gpu-check \
   bench-compare clean
 
 demo: $(VENV)/.installed  ## text to 3D with the embedded prior: make demo PROMPT="a blue duck"
@@ -24,7 +26,7 @@ test: check  ## lint, every test, every check of the CUDA kernels that needs no 
 	$(BIN)/python -m pytest
 	$(MAKE) --no-print-directory kernels
 
-kernels: emulated mutation triton resources instructions
+kernels: emulated mutation triton resources cpp instructions
 
 check: $(VENV)/.installed  ## lint only
 	$(BIN)/ruff check .
@@ -52,11 +54,17 @@ resources:
 	@echo "The CUDA module was neither built nor inspected: no nvcc (PATH, /usr/local/cuda)."
 endif
 
+cpp: $(VENV)/.tools  ## the C++ library: built without Python, installed, used by programs
+	$(CMAKE) -B build/cpp $(CPP_OPTIONS)
+	$(CMAKE) --build build/cpp --target install
+	PATH=$(abspath $(BIN)):$$PATH CMAKE_PREFIX_PATH=$(abspath build/cpp/install) \
+	  $(BIN)/python -m pytest -q tests/test_cpp.py
+
 ifneq ($(shell command -v valgrind),)
 instructions: $(VENV)/.tools  ## instructions of three CPU kernel calls, held to committed counts
-	$(CMAKE) -B build/instructions $(CMAKE_OPTIONS) -DDF_CUDA=OFF
-	$(CMAKE) --build build/instructions --target instructions
-	$(BIN)/python tests/instructions.py build/instructions/instructions
+	$(CMAKE) -B build/cpp $(CPP_OPTIONS)
+	$(CMAKE) --build build/cpp --target instructions
+	$(BIN)/python tests/instructions.py build/cpp/instructions
 else
 instructions:
 	@echo "Instructions were not counted: no valgrind (apt-get install valgrind)."

@@ -202,7 +202,7 @@ def composite_lit(
 
 
 def _lit_sizes(sigma, packed, shading):
-    return packed.shape[0], sigma.shape[0], packed.shape[0] // shading.shape[0]
+    return packed.shape[0], sigma.shape[0], 3, packed.shape[0] // shading.shape[0]
 
 
 def _lit_empty(sigma, albedo, gradient, t, dt, packed, rays_o, rays_d, shading, early_stop):

@@ -179,7 +179,7 @@ def _forward(x, table, n_levels, base, finest, log2_size, interpolation, count, 
     kernels(x).hash_encode_forward(
         scalar(table), ptr(x), ptr(table), ptr(out), ptr(count), x.shape[0], n_levels,
         table.shape[1], interpolation == "smoothstep",
-        *hash_table_rows(n_levels, base, finest, log2_size), stream(x),
+        hash_table_rows(n_levels, base, finest, log2_size), stream(x),
     )  # fmt: skip
     return out
 
@@ -204,7 +204,7 @@ def _backward(
     kernels(x).hash_encode_backward(
         scalar(table), ptr(x), ptr(table), ptr(grad_out), ptr(grad_x) if needs_x else 0,
         ptr(grad_table) if needs_table else 0, ptr(count), x.shape[0], n_levels, table.shape[1],
-        interpolation == "smoothstep", *hash_table_rows(n_levels, base, finest, log2_size),
+        interpolation == "smoothstep", hash_table_rows(n_levels, base, finest, log2_size),
         stream(x),
     )  # fmt: skip
     return grad_x, grad_table
@@ -233,7 +233,7 @@ def _second(
         scalar(table), *map(ptr, (x, table, grad_out, tangent)),
         *(ptr(t) if needed else 0 for t, needed in zip(grads, needs)), ptr(count), x.shape[0],
         n_levels, features, interpolation == "smoothstep",
-        *hash_table_rows(n_levels, base, finest, log2_size), stream(x),
+        hash_table_rows(n_levels, base, finest, log2_size), stream(x),
     )  # fmt: skip
     return grads
 
