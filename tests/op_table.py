@@ -22,8 +22,13 @@ def unit(n: int) -> torch.Tensor:
     return torch.nn.functional.normalize(rand(n, 3) - 0.5, dim=-1)
 
 
-# op -> (function(ops module, *tensors), tensors, differentiable). The function works in the dtype of
-# the tensors, float64 here. In-place ops work on clones and return what changed.
+def beside(tensor: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
+    """The constant in the tensor's dtype, or in float32 beside a lower one."""
+    return constant.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+# op -> (function(ops module, *tensors), tensors, differentiable). The function works in the dtype
+# of the tensors, float64 here. In-place ops work on clones and return what changed.
 def cases() -> dict:
     rows = ops.hash_table_rows(**GRID)[1][-1]
     widths = [5, 16, 16, 3]
@@ -55,7 +60,7 @@ def cases() -> dict:
         "mlp_gradient": (lambda m, g, x, p: m.mlp_gradient(g, x, p, widths, "silu"),
                          (rand(7, widths[-1]), rand(7, 5), rand(ops.mlp_parameters(widths)) - 0.5),
                          True),
-        "radiance": (lambda m, o, g: m.radiance(o, POINTS.to(o.dtype), blob_density=5.0, of_x=g),
+        "radiance": (lambda m, o, g: m.radiance(o, beside(o, POINTS), blob_density=5.0, of_x=g),
                      (rand(7, 4) - 0.5, rand(7, 3)), True),
         "composite": (lambda m, *a: m.composite(*a, PACKED),
                       (5 * rand(9), rand(9, 3), rand(9), 0.1 * rand(9)), True),
@@ -73,7 +78,7 @@ LIGHT = rand(9), rand(4, 3), unit(4), rand(2, 7)  # t, origins, directions, shad
 
 def _lit(m, sigma, albedo, gradient, dt):
     """The orientation is left out: to it the weights are constants, which gradcheck is not told."""
-    t, o, d, shading = (x.to(sigma.dtype) for x in LIGHT)
+    t, o, d, shading = (beside(sigma, x) for x in LIGHT)
     return m.composite_lit(sigma, albedo, gradient, t, dt, PACKED, o, d, shading)[:5]
 
 

@@ -94,3 +94,29 @@ def _outer_levels_on():
         return
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
         yield
+
+
+def vmap_rule(op: torch._ops.OpOverload):
+    """The function for torch.library.register_vmap: the op is called for one element of the batch
+    after another. (Torch would do the same, with a warning.)"""
+    name = op._schema.name.partition("::")[2]
+
+    def rule(info, in_dims, *args):
+        if not op._schema.returns:
+            raise NotImplementedError(f"{name}: under vmap it cannot write into its arguments")
+        if info.batch_size == 0:
+            raise ValueError(f"{name}: expected a batch of 1 or more from vmap, got 0")
+        results = [op(*_element(i, in_dims, args)) for i in range(info.batch_size)]
+        if isinstance(results[0], torch.Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(each) for each in zip(*results)), (0,) * len(results[0])
+
+    return rule
+
+
+def _element(i: int, in_dims, args) -> list:
+    """The arguments for element i of the batch, contiguous as kernels expect them."""
+    return [
+        a.select(d, i).contiguous() if isinstance(a, torch.Tensor) and d is not None else a
+        for a, d in zip(args, in_dims)
+    ]

@@ -9,7 +9,7 @@ from itertools import zip_longest
 import torch  # first: the kernels then share torch's OpenMP runtime and its thread setting
 
 from .. import _cpu
-from ._autograd import Derivative, autograd_kernel
+from ._autograd import Derivative, autograd_kernel, vmap_rule
 
 try:
     from .. import _cuda
@@ -37,15 +37,7 @@ def register(schema: str, kernel, fake) -> None:
         _derivatives[name] = Derivative(name)
         autograd = autograd_kernel(op, kernel, _derivatives[name])
         lib.impl(name, autograd, "Autograd", with_keyset=True)
-    else:
-        torch.library.register_vmap(f"dreamfusion_fast::{name}", _refuse_vmap(name), lib=lib)
-
-
-def _refuse_vmap(name: str):
-    def refuse(info, in_dims, *args):
-        raise NotImplementedError(f"{name}: under vmap it cannot write into its arguments: loop")
-
-    return refuse
+    torch.library.register_vmap(f"dreamfusion_fast::{name}", vmap_rule(op), lib=lib)
 
 
 def register_backward(name: str, backward, save) -> None:
