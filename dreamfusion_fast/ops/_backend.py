@@ -151,7 +151,10 @@ def _fits(actual: tuple, shape: tuple) -> bool:
         actual = actual[len(actual) - len(shape) :] if len(actual) >= len(shape) else (None,)
     if len(actual) != len(shape):
         return False
-    return all(isinstance(s, str) or a == s for a, s in zip(actual, shape, strict=True))
+    for a, s in zip(actual, shape):
+        if a != s and not isinstance(s, str):
+            return False
+    return True
 
 
 def _expected(name: str, dtypes: tuple, shape: tuple | None) -> str:
