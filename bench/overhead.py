@@ -93,7 +93,9 @@ def table(medians: dict) -> str:
     rows = [f"{'µs a call':20} {passes[0]:>12} {passes[1]:>12} {'+ backward':>12}"]
     for way in dict.fromkeys(way for way, _ in medians):
         cells = [medians.get((way, each)) for each in passes]
-        rows.append(f"{way:20} " + " ".join(f"{'' if c is None else f'{c:.1f}':>12}" for c in cells))
+        rows.append(
+            f"{way:20} " + " ".join(f"{'' if c is None else f'{c:.1f}':>12}" for c in cells)
+        )
     return "\n".join(rows)
 
 
