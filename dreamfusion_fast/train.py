@@ -34,16 +34,6 @@ HALF_SCALE = 128.0  # of the loss: keeps gradients in float16's range
 HOPELESS = 10  # steps without a single finite view: the run is given up
 
 
-def folder_state(folder: Path) -> str:
-    """ "new" (absent or empty), "run" (holds a run) or "foreign" (something else)."""
-    if not folder.exists():
-        return "new"
-    if not folder.is_dir():
-        return "foreign"
-    names = {p.name for p in folder.iterdir()}
-    return "new" if not names else "run" if "config.json" in names else "foreign"
-
-
 class Trainer:
     """One run in one folder.
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dreamfusion_fast.train import folder_state
+from dreamfusion_fast.checkpoint import folder_state
 
 
 def run(*args, **options):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ._backend import (
+    autocast,
     check_range,
     check_tensor,
     kernels,
@@ -16,6 +17,7 @@ from ._backend import (
 )
 
 
+@autocast()
 def composite(
     sigma: torch.Tensor,
     rgb: torch.Tensor,
@@ -135,6 +137,7 @@ register_backward("composite", _differentiate, _save)
 
 
 # ---- lit ----------------------------------------------------------------------------------------
+@autocast()
 def composite_lit(
     sigma: torch.Tensor,
     albedo: torch.Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ._backend import (
+    autocast,
     check_count,
     check_range,
     check_tensor,
@@ -50,6 +51,7 @@ def hash_table_rows(
     return resolutions, offsets
 
 
+@autocast()
 def hash_encode(
     x: torch.Tensor,
     table: torch.Tensor,
@@ -102,6 +104,7 @@ def hash_encode(
     )  # fmt: skip
 
 
+@autocast("grad_out")
 def hash_encode_gradient(
     grad_out: torch.Tensor,
     x: torch.Tensor,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._backend import check_range, check_tensor, kernels, ptr, register, scalar, stream
+from ._backend import autocast, check_range, check_tensor, kernels, ptr, register, scalar, stream
 
 EDGE = 8  # cells along the edge of a block that is jumped over when empty
 SMALLEST = 1e-18  # of a length: the reciprocal of its square is still a float32
@@ -29,6 +29,7 @@ class Samples(NamedTuple):
     count: torch.Tensor  # (1,) int32
 
 
+@autocast()
 def march(
     rays_o: torch.Tensor,
     rays_d: torch.Tensor,

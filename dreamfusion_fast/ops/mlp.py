@@ -8,6 +8,7 @@ import torch
 
 from ._backend import (
     FLOATS,
+    autocast,
     check_count,
     check_range,
     check_tensor,
@@ -36,6 +37,7 @@ def mlp_parameters(widths: list[int], bias: bool = False) -> int:
     return sum((i + bool(bias)) * o for i, o in itertools.pairwise(widths))
 
 
+@autocast("x")
 def mlp(
     x: torch.Tensor,
     params: torch.Tensor,
@@ -77,6 +79,7 @@ def mlp(
     return torch.ops.dreamfusion_fast.mlp(x, params, widths, activation, bias, count, params_half)
 
 
+@autocast()
 def mlp_gradient(
     grad_out: torch.Tensor,
     x: torch.Tensor,
