@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -46,17 +47,26 @@ template <> struct pybind11::detail::type_caster<Address> {
 namespace {
 
 #ifndef DF_IS_CUDA
-// The instruction set is chosen once, at import; use_isa() lets tests run both.
-bool v3_supported() {
+// The instruction set is chosen once, at import; use_isa() lets tests run each.
+constexpr const char* ISAS[] = {"portable", "x86-64-v3", "x86-64-v4"};
+int best_isa() {
 #ifdef DF_HAS_V3
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                  __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+  if (!v3) return 0;
+#ifdef DF_HAS_V4
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return 2;
+#endif
+  return 1;
 #else
-  return false;
+  return 0;
 #endif
 }
-bool use_v3 = v3_supported();
+int isa = best_isa();  // in ISAS
 #endif
 
 template <class T> struct Type { using type = T; };
@@ -81,8 +91,13 @@ template <class F> void on_scalar_or_half(int scalar, const F& f) {
 // the enclosing function's scalar and stream. Fields in the struct's order; {} if unused.
 #if defined(DF_IS_CUDA)
 #define DF_CALL(name, args) df::cuda::name(args, stream)
+#elif defined(DF_HAS_V4)
+#define DF_CALL(name, args)                      \
+  isa == 2   ? df::v4::name(args, stream)        \
+  : isa == 1 ? df::v3::name(args, stream)        \
+             : df::base::name(args, stream)
 #elif defined(DF_HAS_V3)
-#define DF_CALL(name, args) use_v3 ? df::v3::name(args, stream) : df::base::name(args, stream)
+#define DF_CALL(name, args) isa == 1 ? df::v3::name(args, stream) : df::base::name(args, stream)
 #else
 #define DF_CALL(name, args) df::base::name(args, stream)
 #endif
@@ -484,22 +499,20 @@ static void bind_spherical_harmonics(py::module_& m) {
 // ---- the modules --------------------------------------------------------------------------------
 #ifndef DF_IS_CUDA
 static void bind_cpu_settings(py::module_& m) {
-  m.def("isa", [] { return use_v3 ? "x86-64-v3" : "portable"; }, "The instruction set in use.");
+  m.def("isa", [] { return ISAS[isa]; }, "The instruction set in use.");
   m.def("use_isa",
         [](const std::string& name) {
-          if (name != "portable" && name != "x86-64-v3")
-            throw py::value_error("expected \"portable\" or \"x86-64-v3\", got \"" + name + "\"");
-          if (name == "x86-64-v3" && !v3_supported())
-            throw py::value_error("this machine or this build has no x86-64-v3");
-          use_v3 = name == "x86-64-v3";
+          const auto known = std::find(std::begin(ISAS), std::end(ISAS), name);
+          if (known == std::end(ISAS))
+            throw py::value_error("argument `name`: expected portable, x86-64-v3 or x86-64-v4, "
+                                  "got " + name);
+          if (known - ISAS > best_isa())
+            throw py::value_error("this machine or this build has no " + name);
+          isa = int(known - ISAS);
         },
         py::arg("name"), "Select an instruction set: for tests and benches.");
-  m.def("isas", [] {
-    py::list names;
-    names.append("portable");
-    if (v3_supported()) names.append("x86-64-v3");
-    return names;
-  }, "The instruction sets this machine can use.");
+  m.def("isas", [] { return std::vector<std::string>(ISAS, ISAS + best_isa() + 1); },
+        "The instruction sets this machine can use.");
   m.def("max_threads", [] {
 #ifdef _OPENMP
     return df::num_threads > 0 ? df::num_threads : omp_get_max_threads();

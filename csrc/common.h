@@ -2,7 +2,7 @@
 //
 // Two places for code. Args structs are plain data and live in `df`. Functions live in
 // `df::DF_ISA`, because each csrc/<stem>.cpp is compiled once per instruction set (DF_ISA = base,
-// v3; under nvcc: cuda) and the linker must never merge one set's function into another's.
+// v3, v4; under nvcc: cuda) and the linker must never merge one set's function into another's.
 // For the same reason kernels use no standard containers and allocate nothing shared.
 #pragma once
 
@@ -16,7 +16,7 @@
 #endif
 
 #ifndef DF_ISA
-#error "DF_ISA names the instruction set this file is compiled for: base, v3 or cuda"
+#error "DF_ISA names the instruction set this file is compiled for: base, v3, v4 or cuda"
 #endif
 
 #if defined(DF_EMULATED)
@@ -38,6 +38,7 @@ typedef __half half;
   namespace df {                                                                 \
   namespace base { template <class T> void name(const Args<T>&, Stream); }       \
   namespace v3 { template <class T> void name(const Args<T>&, Stream); }         \
+  namespace v4 { template <class T> void name(const Args<T>&, Stream); }         \
   namespace cuda { template <class T> void name(const Args<T>&, Stream); }       \
   }
 #define DF_INSTANTIATE(name, Args)                        \
