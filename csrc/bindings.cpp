@@ -8,6 +8,10 @@
 #include <string>
 #include <vector>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include "adam.h"
 #include "composite.h"
 #include "frequency_encode.h"
@@ -526,6 +530,17 @@ static void bind_cpu_settings(py::module_& m) {
           df::num_threads = n;
         },
         py::arg("n"), "Run the CPU kernels on n threads; 0: as many as OpenMP (torch) is set to.");
+  m.def("keep_memory", [] {
+#ifdef __GLIBC__
+    return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, -1) == 1;
+#else
+    return false;
+#endif
+  },
+        "Keep freed memory, of large tensors too, for the process's next allocations: each step of a\n"
+        "training run would else ask the system for the same pages again, and wait while it clears\n"
+        "them. For good, and for the whole process, whose memory then never shrinks. Returns whether\n"
+        "the C library can (glibc); else nothing changes.");
   m.def("uniform01",
         [](uint64_t seed, uint32_t a, uint32_t b) { return df::uniform01(seed, a, b); },
         py::arg("seed"), py::arg("a"), py::arg("b"),
