@@ -5,7 +5,7 @@ namespace df {
 namespace DF_ISA {
 namespace {
 
-constexpr int64_t GRAIN = 4096;  // rows a chunk
+constexpr int64_t GRAIN = 8192;  // rows a chunk: for fewer, no second thread is woken
 constexpr int BLOCK = 64;        // rows at a time
 
 // Rows [first, first + n) of the blob, and what its gradient needs: 1 / |p|.
