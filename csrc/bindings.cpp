@@ -10,6 +10,10 @@
 #include <utility>
 #include <vector>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include "kernels.h"
 #ifdef DF_EMULATED
 #include "emulation/emulation.h"
@@ -228,6 +232,17 @@ static void bind_cpu_settings(py::module_& m) {
   m.def("max_threads", df::max_threads, "Threads the CPU kernels run on.");
   m.def("set_num_threads", df::set_num_threads, py::arg("n"),
         "Run the CPU kernels on n threads; 0: as many as OpenMP (torch) is set to.");
+  m.def("keep_memory", [] {
+#ifdef __GLIBC__
+    return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, -1) == 1;
+#else
+    return false;
+#endif
+  },
+        "Keep freed memory, of large tensors too, for the process's next allocations: each step of a\n"
+        "training run would else ask the system for the same pages again, and wait while it clears\n"
+        "them. For good, and for the whole process, whose memory then never shrinks. Returns whether\n"
+        "the C library can (glibc); else nothing changes.");
   m.def("uniform01",
         [](uint64_t seed, uint32_t a, uint32_t b) { return df::uniform01(seed, a, b); },
         py::arg("seed"), py::arg("a"), py::arg("b"),

@@ -7,9 +7,10 @@ namespace df {
 namespace DF_ISA {
 namespace {
 
-constexpr int64_t GRAIN = 128;        // rays a chunk
-constexpr int64_t FILL_GRAIN = 8192;  // rows a chunk
-constexpr int BLOCK = 64;             // samples at a time
+// A chunk takes some 20 microseconds or more: for less, no second thread is woken.
+constexpr int64_t GRAIN = 256;         // rays a chunk
+constexpr int64_t FILL_GRAIN = 32768;  // rows a chunk
+constexpr int BLOCK = 64;              // samples at a time
 
 // Calls f(std::integral_constant<int, channels>) so that the number is a constant inside.
 template <int CHANNELS = 8, class F> void on_channels(int channels, const F& f) {

@@ -4,7 +4,7 @@
 #pragma once
 
 // DF_ISAS(X, ...) is X(set, ...) for every set, whose kernels are in namespace df::set.
-#define DF_ISAS(X, ...) X(base, __VA_ARGS__) DF_ISAS_V3(X, __VA_ARGS__)
+#define DF_ISAS(X, ...) X(base, __VA_ARGS__) DF_ISAS_V3(X, __VA_ARGS__) DF_ISAS_V4(X, __VA_ARGS__)
 
 namespace df {
 
@@ -27,6 +27,19 @@ constexpr InstructionSet SET = {"x86-64-v3", [] {
 }
 #else
 #define DF_ISAS_V3(X, ...)
+#endif
+
+#ifdef DF_HAS_V4
+#define DF_ISAS_V4(X, ...) X(v4, __VA_ARGS__)
+namespace v4 {
+constexpr InstructionSet SET = {"x86-64-v4", [] {
+  return v3::SET.runs() && __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}};
+}
+#else
+#define DF_ISAS_V4(X, ...)
 #endif
 
 }  // namespace df

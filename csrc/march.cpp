@@ -9,9 +9,10 @@ namespace df {
 namespace DF_ISA {
 namespace {
 
-constexpr int64_t GRAIN = 64;         // rays a chunk
-constexpr int64_t FILL_GRAIN = 8192;  // unused rows a chunk
-constexpr int64_t BLOCK_GRAIN = 256;  // blocks of cells a chunk
+// A chunk takes some 20 microseconds or more: for less, no second thread is woken.
+constexpr int64_t GRAIN = 256;         // rays a chunk
+constexpr int64_t FILL_GRAIN = 16384;  // unused rows a chunk
+constexpr int64_t BLOCK_GRAIN = 256;   // blocks of cells a chunk
 
 template <class T> bool finite(vec3<T> v) {
   return std::isfinite(v.x) && std::isfinite(v.y) && std::isfinite(v.z);
