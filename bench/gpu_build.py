@@ -100,8 +100,9 @@ def _cpu_commands(root: Path, objects: Path, headers: list[str]) -> dict:
         if isa == "base":
             commands["base.bindings"] = ["g++", *CXX, *headers, "-DDF_MODULE=_cpu", "-c",
                                          "csrc/bindings.cpp"]  # fmt: skip
-            commands["base.dispatch"] = ["g++", *CXX, "-fopenmp", "-DDF_HAS_BASE", "-DDF_HAS_V3",
-                                         '-DDF_VERSION="bench"', "-c", "csrc/dispatch.cpp"]  # fmt: skip
+            defines = ["-DDF_HAS_BASE", "-DDF_HAS_V3", '-DDF_VERSION="bench"']
+            commands["base.dispatch"] = ["g++", *CXX, "-fopenmp", *defines, "-c",
+                                         "csrc/dispatch.cpp"]  # fmt: skip
     return {name: [*c, "-o", objects / f"{name}.o"] for name, c in commands.items()}
 
 

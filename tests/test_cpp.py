@@ -1,6 +1,7 @@
-"""The C++ library and examples/cpp: run by `make cpp`, which installs the library without Python."""
+"""The C++ library and examples/cpp: by `make cpp`, which installs the library without Python."""
 
 import ctypes
+import importlib
 import os
 import re
 import shutil
@@ -28,7 +29,7 @@ if not list(PREFIX.glob("lib*/cmake/dreamfusion_fast")):
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples/cpp"
 sys.path.insert(0, str(EXAMPLE))
-from export_field import write_field
+write_field = importlib.import_module("export_field").write_field
 
 SHARED = """
 #include <dreamfusion_fast/kernels.h>

@@ -114,8 +114,9 @@ Field read_field(const std::string& path) {
   for (int c = 0; c < 3; ++c) f.backdrop[c] = float(h.in_range("backdrop", backdrop[c], 0, 1));
   f.occupancy_resolution = 2 * int(h.number("occupancy_resolution", 2, 1024) / 2);
 
-  const size_t g = size_t(f.occupancy_resolution), n_table = f.levels.offset[f.n_levels] * f.features;
-  const size_t n_weights = size_t(df::mlp_parameters(f.mlp)), n_bytes = g * g * g / 8;
+  const size_t n_table = size_t(f.levels.offset[f.n_levels]) * f.features;
+  const size_t n_weights = size_t(df::mlp_parameters(f.mlp));
+  const size_t g = size_t(f.occupancy_resolution), n_bytes = g * g * g / 8;
   size_t at = end + 2;
   const size_t want = at + 4 * (n_table + n_weights) + n_bytes;
   if (data.size() != want)

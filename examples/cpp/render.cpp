@@ -166,8 +166,8 @@ void run(const std::vector<std::string>& arguments) {
   }
   const Field field = file.empty() ? make_field() : read_field(file);
   png::write(arguments[0], render(field, azimuth, elevation, int(size)), int(size), int(size));
-  std::printf("%s: %g x %g, dreamfusion_fast %s, %s, %d threads\n", arguments[0].c_str(), size, size,
-              df::version(), df::isa(), df::max_threads());
+  std::printf("%s: %g x %g, dreamfusion_fast %s, %s, %d threads\n", arguments[0].c_str(), size,
+              size, df::version(), df::isa(), df::max_threads());
 }
 
 }  // namespace
