@@ -73,7 +73,7 @@ def autograd_kernel(op: torch._ops.OpOverload, kernel, derivative: Derivative):
         },
     )
 
-    # Function.apply would hand a call inside torch.func to that; but here the dispatcher has done so
+    # Not Function.apply, which hands calls inside torch.func over to it: the dispatcher has done so
     # already, and asks for one level at a time.
     apply = super(torch.autograd.Function, function).apply
 
