@@ -95,6 +95,45 @@ def _adam(m, *tensors):
     return param, exp_avg, exp_avg_sq
 
 
+CASES = cases()
+SMOOTH = [name for name, (_, _, differentiable) in CASES.items() if differentiable]
+IN_PLACE = ["adam_step", "occupancy_update"]
+TWICE = ("frequency_encode", "hash_encode", "mlp")
+
+
+def case(name, dtype=torch.float64):
+    """The op as a function of tensors alone, and tensors for it."""
+    function, tensors, _ = CASES[name]
+    return lambda *t: function(ops, *t), [t.to(dtype) for t in tensors]
+
+
+def as_tuple(x) -> tuple:
+    return tuple(x) if isinstance(x, (tuple, list)) else (x,)
+
+
+def assert_all(compare, got, want):
+    for a, b in zip(as_tuple(got), as_tuple(want), strict=True):
+        assert compare(a, b), (a, b)
+
+
+def energy(op):
+    """A number of the op's results that weighs every element differently."""
+
+    def function(*tensors):
+        results = [r for r in as_tuple(op(*tensors)) if r.is_floating_point()]
+        return sum(
+            (r.square() * torch.linspace(1, 2, r.numel()).to(r.dtype).reshape(r.shape)).sum()
+            for r in results
+        )
+
+    return function
+
+
+def gradients(function, tensors, create_graph=False):
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    return torch.autograd.grad(function(*leaves), leaves, create_graph=create_graph)
+
+
 def error(function, tensors, dtype: torch.dtype) -> float:
     """Largest difference from the float64 twin, relative to 1 + its size."""
     got, want = function(ops, *(t.to(dtype) for t in tensors)), function(reference, *tensors)

@@ -1,4 +1,4 @@
-"""What the documents say is so: their programs run, their links lead somewhere, their names exist."""
+"""What the documents say is so: their programs run, their links lead somewhere, their names are."""
 
 import importlib
 import os

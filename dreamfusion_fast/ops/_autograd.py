@@ -65,7 +65,7 @@ def autograd_kernel(op: torch._ops.OpOverload, kernel, derivative: Derivative):
 
     function = type(
         derivative.name,
-        (torch.autograd.function._SingleLevelFunction,),  # torch.func's levels come one by one
+        (torch.autograd.Function,),
         {
             "forward": staticmethod(forward),
             "backward": staticmethod(backward),
@@ -73,14 +73,18 @@ def autograd_kernel(op: torch._ops.OpOverload, kernel, derivative: Derivative):
         },
     )
 
+    # Not Function.apply, which hands calls inside torch.func over to it: the dispatcher has done so
+    # already, and asks for one level at a time.
+    apply = super(torch.autograd.Function, function).apply
+
     def call(keyset, *args):
         reverse = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         if not reverse and forward_ad._current_level < 0:
             return run(keyset, args)
         if not torch._C._are_functorch_transforms_active():
-            return function.apply(*args, keyset)
+            return apply(*args, keyset)
         with enable_single_level_autograd_function():
-            return function.apply(*args, keyset)
+            return apply(*args, keyset)
 
     return call
 
