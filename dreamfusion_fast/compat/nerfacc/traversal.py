@@ -12,6 +12,7 @@ from ._checks import expect
 
 ENTRIES = 1 << 22  # of a table of cells that is held at once
 MOST = 2**31 - 1  # steps
+NEARLY = 1e-6  # a plane so close to an end of a ray's way through a grid is not crossed
 
 
 class Rays(NamedTuple):
@@ -111,7 +112,9 @@ def _march_fits(rays: Rays, binaries: Tensor, aabbs: Tensor, bins: Tensor) -> bo
     if not (m == 1 and x == y == z and x % 2 == 0 and x <= 1024 and len(bins)):
         return False
     edges = (aabbs[0, 3:] - aabbs[0, :3]).tolist()
-    return edges[0] == edges[1] == edges[2] > 0 and float(bins.max()) < 2**20 - 1
+    rounding = 4 * torch.finfo(aabbs.dtype).eps * float(aabbs.abs().max())
+    cube = min(edges) > 0 and max(edges) - min(edges) <= rounding
+    return cube and float(bins.max()) < 2**20 - 1
 
 
 def _march(rays: Rays, binaries: Tensor, aabbs: Tensor, step: float, start: Tensor, stop: Tensor):
@@ -172,8 +175,7 @@ def _cells(rays: Rays, binaries: Tensor, aabbs: Tensor, level, start, stop):
     the cell there is occupied, and whether there is one. Pieces without any may lie between."""
     o, d = rays.o.double(), rays.d.double()
     size = torch.tensor(binaries.shape[1:], device=o.device)
-    bounds = [start, torch.where(stop > start, stop, torch.inf)]
-    bounds[0] = torch.where(stop > start, start, torch.inf)
+    bounds = [torch.where(stop > start, t, torch.inf) for t in (start, stop)]
     for i, box in enumerate(aabbs.double()):
         counts = (level == i) & (stop > start)
         for axis in range(3):
@@ -182,7 +184,8 @@ def _cells(rays: Rays, binaries: Tensor, aabbs: Tensor, level, start, stop):
             t = (plane - o[:, axis, None]) / d[:, axis, None]  # infinite or NaN where parallel
             inside = torch.zeros_like(t, dtype=torch.bool)
             for s in counts.any(0).nonzero()[:, 0].tolist():
-                inside |= counts[:, s, None] & (t > start[:, s, None]) & (t < stop[:, s, None])
+                low, high = start[:, s, None] + NEARLY, stop[:, s, None] - NEARLY
+                inside |= counts[:, s, None] & (t > low) & (t < high)
             bounds.append(torch.where(inside, t, torch.inf))
     t = torch.cat(bounds, 1).sort(1).values
     t = t[:, : max(2, int(t.isfinite().sum(1).max()) if len(t) else 0)]
