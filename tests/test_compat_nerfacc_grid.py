@@ -107,7 +107,9 @@ def check_walk(got, o, d, boxes, binaries, near, far, step, cone, limit=0, toler
     counts = [len(w) for w, _ in want]
     assert sum(counts) > 20
     assert samples.packed_info[:, 1].tolist() == counts
-    assert (samples.packed_info[:, 0] == samples.packed_info[:, 1].cumsum(0) - samples.packed_info[:, 1]).all()
+    assert (
+        samples.packed_info[:, 0] == samples.packed_info[:, 1].cumsum(0) - samples.packed_info[:, 1]
+    ).all()
     flat = torch.tensor([x for w, _ in want for x in w], dtype=o.dtype)
     close = {"rtol": 0, "atol": tolerance}
     valid = samples.is_valid
@@ -164,9 +166,7 @@ def test_steps_against_a_walk(device, rng, monkeypatch, grid, step, cone):
     far = torch.where(torch.rand(23, generator=rng) < 0.5, 2.0, 1e10).double()
     marched = []
     march = traversal.ops.march
-    monkeypatch.setattr(
-        traversal.ops, "march", lambda *a, **k: marched.append(1) or march(*a, **k)
-    )
+    monkeypatch.setattr(traversal.ops, "march", lambda *a, **k: marched.append(1) or march(*a, **k))
     got = traverse_grids(
         *(x.to(device) for x in (o, d, binaries, boxes, near, far)), step_size=step, cone_angle=cone
     )
@@ -215,7 +215,9 @@ def test_limit_mask_and_room(rng, grid, step, cone):
     intervals, samples, _ = whole
     want = [samples.ray_indices, intervals.vals[intervals.is_left]]
     want.append(intervals.vals[intervals.is_right])
-    torch.testing.assert_close(found, torch.stack([x.double() for x in want], -1), atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        found, torch.stack([x.double() for x in want], -1), atol=1e-9, rtol=0
+    )
 
 
 def test_edges_are_shared_where_steps_touch():
@@ -236,13 +238,16 @@ def test_edges_are_shared_where_steps_touch():
 def test_float32_agrees_up_to_cells_at_whose_sides_rounding_decides(rng):
     """By march and cell by cell (a cone that never matters), with all cells occupied."""
     o, d = rays(rng, 211, torch.float32)
-    binaries, boxes = torch.ones(1, 16, 16, 16, dtype=torch.bool), nested(1, (-1.0,) * 3 + (1.0,) * 3).float()
+    binaries, boxes = (
+        torch.ones(1, 16, 16, 16, dtype=torch.bool),
+        nested(1, (-1.0,) * 3 + (1.0,) * 3).float(),
+    )
     marched = traverse_grids(o, d, binaries, boxes, step_size=0.011)
     walked = traverse_grids(o, d, binaries, boxes, step_size=0.011, cone_angle=1e-9)
     a, b = marched[1].packed_info[:, 1], walked[1].packed_info[:, 1]
     assert marched[1].vals.dtype == torch.float32 and a.sum() > 2000
     assert (a - b).abs().max() <= 2 and (a != b).float().mean() < 0.02
-    same = (a == b)
+    same = a == b
     torch.testing.assert_close(marched[2][same], walked[2][same], rtol=0, atol=1e-5)
 
 
