@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dreamfusion_fast.compat import nerfacc
-from dreamfusion_fast.compat.nerfacc import cameras, volrend
+from dreamfusion_fast.compat.nerfacc import volrend
 
 COUNTS = [3, 0, 1, 17, 0, 8, 8, 1, 0]  # samples a ray: none, one, a power of two, a prime
 
@@ -207,7 +207,7 @@ def test_gradients_in_float64(device, seed, packed):
 
 
 def test_an_opaque_background(device):
-    """A last sample of infinite density, as unbounded scenes have it: full, with finite gradients."""
+    """A last sample of infinite density, as unbounded scenes have it."""
     t0 = torch.tensor([[0.0, 1, 2], [0, 1, 2]], device=device)
     sigma = torch.tensor([[0.5, 1, math.inf], [0, 0, math.inf]], device=device, requires_grad=True)
     rgb = torch.ones(2, 3, 3, device=device)

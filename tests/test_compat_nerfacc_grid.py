@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -59,7 +60,7 @@ def pieces(o, d, boxes, binaries, near, far):
                     cuts.add((box[k] + (box[k + 3] - box[k]) * i / shape[k] - o[k]) / d[k])
     cuts = sorted(t for t in cuts if near <= t <= far)
     found, before = [], None
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in itertools.pairwise(cuts):
         middle = [o[k] + d[k] * (a + b) / 2 for k in range(3)]
         level = smallest(middle, boxes)
         if level is None or b - a < 1e-9:
@@ -292,5 +293,5 @@ def test_bad_arguments_are_named():
         arguments = {"rays_o": o, "rays_d": d, "binaries": binaries, "aabbs": boxes} | change
         with pytest.raises(ValueError, match=f"argument `{name}`: expected .*, got "):
             traverse_grids(**arguments)
-    with pytest.raises(ValueError, match="argument `step_size`: expected at most .* steps"):
+    with pytest.raises(ValueError, match=r"argument `step_size`: expected at most .* steps"):
         traverse_grids(o, d, binaries, boxes * 1e6, step_size=1e-4)

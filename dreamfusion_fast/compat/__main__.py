@@ -1,4 +1,7 @@
-"""python -m dreamfusion_fast.compat script.py arguments...: run a script on our kernels."""
+"""python -m dreamfusion_fast.compat [--only NAME] script.py arguments...
+
+Runs a script on our packages, all or one of them, as `python script.py arguments...` would.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,19 @@ import os
 import runpy
 import sys
 
-from . import install
+from . import NAMES, install
 
 
 def main() -> None:
-    if len(sys.argv) < 2:
-        sys.exit("usage: python -m dreamfusion_fast.compat script.py [arguments...]")
-    install()
-    del sys.argv[0]
-    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))  # as `python script.py` has it
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    arguments, names = sys.argv[1:], NAMES
+    if arguments[:1] == ["--only"]:
+        names, arguments = arguments[1:2], arguments[2:]
+    if not arguments:
+        sys.exit(f"usage: {__doc__.splitlines()[0]}")
+    install(*names)
+    sys.argv = arguments
+    sys.path[0] = os.path.dirname(os.path.abspath(arguments[0]))  # as the script would have it
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 if __name__ == "__main__":
