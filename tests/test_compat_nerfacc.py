@@ -78,6 +78,8 @@ def test_scans_against_loops(device, seed, packed, product, exclusive):
     close(function(x, even), function(rows).flatten().cpu())
     swapped = torch.tensor([[19, 19], [0, 0], [3, 16]], device=device)  # any order, and a hole
     close(function(x, swapped)[3:], torch.cat([function(x[3:19]), function(x[19:])]).cpu())
+    alone = torch.tensor([[i, 1] for i in range(3)], device=device)  # what is of no chunk
+    close(function(x, swapped)[:3], function(x[:3], alone).cpu())
     assert function(x[:0], packed[:0]).shape == function(x[:0], indices=packed[:0, 0]).shape == (0,)
     close(function(x[:0], torch.zeros_like(packed)), torch.zeros(0))
 

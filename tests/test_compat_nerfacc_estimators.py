@@ -97,6 +97,14 @@ def test_later_a_quarter_at_random_and_the_occupied(device, seed):
         grid.update_every_n_steps(0, evaluate)
 
 
+def test_marked_cells_are_not_in_the_mean(device):
+    grid = OccGridEstimator(AABB, 2).to(device)
+    grid.occs[:] = torch.tensor([-1.0, -1, -1, -1, 0.001, 0.002, 0.004, 0.005])
+    grid.update_every_n_steps(0, lambda x: 0 * x[:, :1], ema_decay=1.0)
+    assert grid.binaries.flatten().tolist() == [False] * 6 + [True] * 2
+    assert (grid.occs[:4] == -1).all()
+
+
 def test_invisible_cells_against_a_loop(device):
     grid = OccGridEstimator(AABB, [5, 4, 3], levels=2).to(device)
     K = torch.tensor([[[40.0, 0, 33], [0, 45, 20], [0, 0, 1]]])
