@@ -31,7 +31,7 @@ def contenders() -> dict[str, Contender]:
         for c in (
             Contender(OURS, "bench.peer_torch"),
             Contender("ours-1-thread", "bench.peer_torch", env=one_thread),
-            Contender("ours-unfused", "bench.peer_torch", ("render", "step")),
+            Contender("ours-unfused", "bench.peer_torch", ("render",)),
             Contender(EAGER, "bench.peer_torch"),
             Contender("compiled", "bench.peer_torch"),
             Contender("drjit", "bench.peer_drjit"),

@@ -78,9 +78,9 @@ def _composite(sigma, rgb, t, dt, rows, valid, early_stop):
         return x.at[rows].get(mode="fill", fill_value=0)
 
     s = of(sigma * dt)
-    T = jnp.exp(jnp.cumsum(s, 1) * -1.0 + s)
+    T = jnp.exp(s - jnp.cumsum(s, 1))
     w = jnp.where(valid & (T >= early_stop), T * -jnp.expm1(-s), 0.0)
-    weights = jnp.zeros_like(sigma).at[rows].set(w, mode="drop", unique_indices=False)
+    weights = jnp.zeros_like(sigma).at[rows].set(w, mode="drop")
     return (w[..., None] * of(rgb)).sum(1), w.sum(1), (w * of(t)).sum(1), weights
 
 

@@ -121,7 +121,7 @@ class Entry:
 
 def difference(a: np.ndarray, b: np.ndarray, outliers: float = 0.0) -> float:
     """The largest difference but for a share of outliers, as a share of b's largest number."""
-    if a.shape != b.shape:
+    if a.shape != b.shape:  # flat, see runner.thin
         return math.inf
     if not b.size:
         return 0.0

@@ -319,15 +319,24 @@ def spherical_harmonics(size):
     return {"dirs": dirs.numpy()}, {"degree": DEGREE}
 
 
-# ---- render, and a step of it -------------------------------------------------------------------
+# ---- render, and a step ---------------------------------------------------------------------------
+def _field(m, a, s):
+    """The query of ops.render: positions and count to density and colour."""
+
+    def query(positions, count):
+        x = positions / (2 * s["bound"]) + 0.5
+        features = m.hash_encode(x, a["table"], **s["grid"], interpolation=s["interpolation"],
+                                 count=count)  # fmt: skip
+        out = m.mlp(features, a["params"], s["widths"], s["activation"], count=count)
+        return m.radiance(out, positions, **FIELD_SETTINGS, count=count)
+
+    return query
+
+
 def _unfused(m, a, s):
     """Colour, opacity and depth of rays by the single ops of m."""
     positions, t, dt, packed, count = march_run(m, a, s)
-    x = positions / (2 * s["bound"]) + 0.5
-    features = m.hash_encode(x, a["table"], **s["grid"], interpolation=s["interpolation"],
-                             count=count)  # fmt: skip
-    out = m.mlp(features, a["params"], s["widths"], s["activation"], count=count)
-    sigma, rgb, _ = m.radiance(out, positions, **FIELD_SETTINGS, count=count)
+    sigma, rgb, _ = _field(m, a, s)(positions, count)
     return m.composite(sigma, rgb, t, dt, packed, s["early_stop"])[:3]
 
 
@@ -335,7 +344,10 @@ def _render_run(m, a, s):
     """The fused op where m has one, else the single ops."""
     if not hasattr(m, "render"):
         return _unfused(m, a, s)
-    raise NotImplementedError("dreamfusion_fast.ops.render")  # replaced once its signature is known
+    rays = [a[k] for k in ("rays_o", "rays_d", "near", "far")]
+    grid = a["bitfield"], *(s[k] for k in ("resolution", "bound", "step"))
+    return m.render(_field(m, a, s), (a["table"], a["params"]), rays, grid, s["seed"],
+                    early_stop=s["early_stop"], bins=s["bins"])[:3]  # fmt: skip
 
 
 def _render_flops(a, s, backward):
@@ -368,12 +380,13 @@ def _step_run(m, a, s):
     params = [a[k].detach().requires_grad_() for k in ("table", "params")]
     inputs |= dict(zip(("table", "params"), params))
     with torch.enable_grad():
-        colour = _render_run(m, inputs, s)[0]
+        colour = _unfused(m, inputs, s)[0]
         grads = torch.autograd.grad(colour, params, a["grad_colour"])
     for name, grad in zip(("table", "params"), grads):
         state = [a[f"{name}_{k}"] for k in ("exp_avg", "exp_avg_sq", "step", "skipped")]
         m.adam_step(a[name], grad, *state, **ADAM)
-    return a["table"], a["params"], a["table_exp_avg"], a["params_exp_avg"]
+    names = ("", "_exp_avg", "_exp_avg_sq")
+    return tuple(a[f"{name}{k}"] for k in names for name in ("table", "params"))
 
 
 def _step_flops(a, s, backward):
