@@ -237,7 +237,7 @@ def _march(o, d, near, far, bitfield, s):
     kept &= (dr.gather(UInt32, bitfield, cell >> 3, kept) >> (cell & 7)) & 1 == 1
     one = dr.select(kept, UInt32(1), UInt32(0))
     counts = dr.block_sum(one, bins)
-    starts = dr.prefix_sum(counts, exclusive=True)
+    starts = dr.prefix_sum(counts)
     row = dr.gather(UInt32, starts, ray) + dr.block_prefix_sum(one, bins)
     kept &= row < capacity
     found = [dr.zeros(Float, capacity) for _ in range(5)]
