@@ -1,6 +1,8 @@
 """Peak memory of `render` against the single ops, forward and backward, a process each.
 
     python bench/memory.py [--sides 64,256,512]
+
+On a CPU it is the high-water mark of memory, less what was there before the call.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import math
 
 import drjit as dr
 import numpy as np
-from drjit.llvm.ad import Array2f, Array3f, Bool, Float, TensorXf, UInt32
+from drjit.llvm.ad import Array2f, Array3f, Float, TensorXf, UInt32
 
 from bench.tasks import ADAM, FIELD_SETTINGS, TASKS
 
@@ -45,7 +45,8 @@ def prepare(op: str, arrays: dict, settings: dict, backward: bool):
     def both(a, cotangents):
         if not backward:
             return function(a), []
-        results, grads = pull(lambda x: function(a | x), {k: a[k] for k in task.gradients}, cotangents)
+        inputs = {k: a[k] for k in task.gradients}
+        results, grads = pull(lambda x: function(a | x), inputs, cotangents)
         return results, [grads[k] for k in task.gradients]
 
     frozen, changing = dr.freeze(both), STATE.get(op, {})
@@ -270,7 +271,8 @@ def occupancy(a, s):
     old, new = dr.select(ema > 0, ema * s["decay"], 0), dr.select(density > 0, density, 0)
     ema = dr.select(old > new, old, new)
     mean = dr.mean(ema)
-    bits = dr.select(ema > dr.select(mean < s["threshold"], mean, s["threshold"]), UInt32(1), UInt32(0))
+    limit = dr.select(mean < s["threshold"], mean, s["threshold"])
+    bits = dr.select(ema > limit, UInt32(1), UInt32(0))
     return points, ema, dr.block_sum(bits << (index & 7), 8)
 
 

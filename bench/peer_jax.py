@@ -93,7 +93,8 @@ def composite_lit(a, s):
     g = a["gradient"]
     normal = -g * jax.lax.rsqrt((g * g).sum(-1, keepdims=True) + 1e-6)
     way = light[:, :3] - (o + a["t"][:, None] * d)
-    facing = (normal * way).sum(-1, keepdims=True) * jax.lax.rsqrt((way * way).sum(-1, keepdims=True))
+    to_light = way * jax.lax.rsqrt((way * way).sum(-1, keepdims=True))
+    facing = (normal * to_light).sum(-1, keepdims=True)
     colour = light[:, 5:6] * a["albedo"] + light[:, 6:7]
     colour = colour * (light[:, 3:4] + light[:, 4:5] * jax.nn.relu(facing))
     against = jnp.square(jax.nn.relu((normal * d).sum(-1, keepdims=True)))

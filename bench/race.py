@@ -141,7 +141,7 @@ def compare(entry: Entry, truth: Path, problem: Problem) -> None:
         else:
             entry.error = max((difference(got[k], want[k], problem.task.outliers) for k in want),
                               default=0.0)  # fmt: skip
-    entry.equal = entry.error <= problem.task.tolerance
+    entry.equal = entry.error <= max(problem.task.tolerance, entry.racer.contender.tolerance)
 
 
 class Race:
@@ -170,7 +170,7 @@ class Race:
     def _prepare(self, entry: Entry) -> str | None:
         request = {"do": "prepare", "op": self.problem.task.name, "folder": str(self.folder),
                    "settings": self.problem.settings, "backward": self.backward,
-                   "out": str(entry.outputs)}  # fmt: skip
+                   "out": str(entry.outputs), "in_place": self.problem.task.in_place}  # fmt: skip
         try:
             entry.seconds = entry.racer.ask(request, self.budget.prepare)["again"]
         except Absent as absent:

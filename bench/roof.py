@@ -1,6 +1,8 @@
 """The machine's measured limits: multiply-adds, reads, random reads by table size.
 
     python bench/roof.py
+
+prints them; `make bench` measures them first.
 """
 
 from __future__ import annotations
@@ -71,9 +73,9 @@ def gather_rate(limits: dict, size: float) -> float:
 def floor(work: dict, limits: dict) -> tuple[float, str | None]:
     """Seconds that the work cannot undercut, and the name of the limit. work: bytes, flops,
     gathers (number, bytes of the table)."""
+    reads = sum(n / gather_rate(limits, size) for n, size in work["gathers"])
     times = {"fma": work["flops"] * 1e-9 / limits["fma_gflops"],
-             "read": work["bytes"] * 1e-9 / limits["read_gbs"],
-             "gather": sum(n / gather_rate(limits, size) for n, size in work["gathers"])}  # fmt: skip
+             "read": work["bytes"] * 1e-9 / limits["read_gbs"], "gather": reads}  # fmt: skip
     largest = max(times, key=times.get)
     return times[largest], NAMES[largest]
 

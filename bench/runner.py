@@ -9,7 +9,8 @@ the numpy arrays of the last call: results, then gradients in the task's order. 
 empties a device's cache.
 
 Each line of stdin is a JSON object and answered by one (bench/processes.py):
-    {"do": "prepare", "op", "folder", "settings", "backward", "out"}: seconds of the first two calls
+    {"do": "prepare", "op", "folder", "settings", "backward", "out", "in_place"}: writes the results
+        to `out`; seconds of the first call, and of one again
     {"do": "time", "calls"[, "warm_up": true | "flush": true]}: seconds of one call
     {"do": "drop"}: {}
 What goes wrong is answered by {"error"}; a module that cannot be imported by {"absent"}.
@@ -58,12 +59,14 @@ class Runner:
         self.module, self.call = module, None
         self.buffer = np.zeros(FLUSH * last_cache() // 8)
 
-    def prepare(self, op, folder, settings, backward, out) -> dict:
+    def prepare(self, op, folder, settings, backward, out, in_place=False) -> dict:
         arrays = {p.stem: np.load(p) for p in Path(folder).glob("*.npy")}
         start = time.perf_counter()
         self.call, outputs = self.module.OPS[op](arrays, settings, backward)
         self.call()
         first = time.perf_counter() - start
+        if not in_place:
+            self.call()  # what is traced or captured may only now take its usual way
         np.savez(out, *map(thin, outputs()))
         del outputs, arrays
         gc.collect()

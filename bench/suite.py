@@ -84,9 +84,9 @@ class Loaded:
 class Suite:
     """Races when asked, and remembers the rows."""
 
-    def __init__(self, budget: race.Budget = race.Budget(), entrants: dict | None = None,
+    def __init__(self, budget: race.Budget | None = None, entrants: dict | None = None,
                  build: Callable = tasks.build):  # fmt: skip
-        self.budget, self.build = budget, build
+        self.budget, self.build = budget or race.Budget(), build
         self.folder = tempfile.TemporaryDirectory()
         self.entrants: dict[str, Contender] = entrants or contenders()
         self.racers = {name: race.Racer(c, Path(self.folder.name))

@@ -31,7 +31,8 @@ FREQUENCIES, DEGREE, SEED = 8, 4, 7
 
 SIZES = {
     "small": Size("small", 1, 16, bins=48, samples=24),
-    "paper": Size("paper", 1, 64, bins=128, samples=64, field=PAPER_FIELD, occupancy_resolution=128),
+    "paper": Size("paper", 1, 64, bins=128, samples=64, field=PAPER_FIELD,
+                  occupancy_resolution=128),
     "large": Size("large", 1, 256, bins=128, samples=64, field=PAPER_FIELD,
                   occupancy_resolution=128),
 }  # fmt: skip
@@ -44,8 +45,9 @@ class Task:
     a tuple. With `gradients`, names of arrays, there is also a forward+backward pass. `flops` of
     (arrays, settings, backward) counts operations: 1 for an addition or multiplication, SPECIAL
     for exp, sin, division or root. `gathers` counts random 8-byte reads: pairs (number, bytes of
-    the table). `view` thins the results for the comparison; contenders agree where no number of a
-    result differs by more than `tolerance` of the largest one, but for a share of `outliers`."""
+    the table). Contenders agree where no number of a result differs by more than `tolerance` of
+    the largest one, but for a share of `outliers`: in the second call, or, if the op works
+    `in_place` and each call goes on from the last one, in the first."""
 
     name: str
     make: Callable[[Size], tuple[Arrays, dict]]
@@ -55,6 +57,7 @@ class Task:
     gathers: Callable[[Arrays, dict, bool], list] = lambda a, s, backward: []
     tolerance: float = 1e-4
     outliers: float = 0.0
+    in_place: bool = False
 
 
 TASKS: dict[str, Task] = {}
@@ -187,7 +190,8 @@ def _adam_state(param: np.ndarray) -> Arrays:
             "step": np.array([100], np.int32), "skipped": np.zeros(1, np.int32)}  # fmt: skip
 
 
-@task(run=_adam_run, flops=lambda a, s, backward: a["param"].size * (13 + 2.0 * SPECIAL))
+@task(run=_adam_run, in_place=True,
+      flops=lambda a, s, backward: a["param"].size * (13 + 2.0 * SPECIAL))  # fmt: skip
 def adam(size):
     """The field's table, flat."""
     n = sum(size.level_rows) * size.field.features
@@ -280,7 +284,7 @@ def _occupancy_run(m, a, s):
     return points, a["ema"], a["bitfield"]
 
 
-@task(run=_occupancy_run, outliers=1e-4,
+@task(run=_occupancy_run, outliers=1e-4, in_place=True,
       flops=lambda a, s, backward: a["ema"].size * 54.0)  # fmt: skip
 def occupancy(size):
     """A point in each cell, and the grid's update by the densities there."""
@@ -304,7 +308,7 @@ def radiance(size):
 
 # ---- rays ---------------------------------------------------------------------------------------
 @task(run=lambda m, a, s: m.generate_rays(a["c2w"], a["focal"], s["height"], s["width"]),
-      flops=lambda a, s, b: len(a["focal"]) * s["height"] * s["width"] * (27.0 + SPECIAL))
+      flops=lambda a, s, b: len(a["focal"]) * s["height"] * s["width"] * (27.0 + SPECIAL))  # fmt: skip
 def generate_rays(size):
     scene = cases.scene(size, torch.device("cpu"))
     arrays = {"c2w": scene.c2w.numpy(), "focal": scene.focal.numpy()}
@@ -313,13 +317,13 @@ def generate_rays(size):
 
 # ---- spherical_harmonics ------------------------------------------------------------------------
 @task(gradients=("dirs",), run=lambda m, a, s: m.spherical_harmonics(a["dirs"], s["degree"]),
-      flops=lambda a, s, b: len(a["dirs"]) * s["degree"] ** 2 * (14.0 if b else 6.0))
+      flops=lambda a, s, b: len(a["dirs"]) * s["degree"] ** 2 * (14.0 if b else 6.0))  # fmt: skip
 def spherical_harmonics(size):
     dirs = torch.nn.functional.normalize(torch.randn(int(size.rows), 3), dim=-1)
     return {"dirs": dirs.numpy()}, {"degree": DEGREE}
 
 
-# ---- render, and a step ---------------------------------------------------------------------------
+# ---- render, and a step -------------------------------------------------------------------------
 def _field(m, a, s):
     """The query of ops.render: positions and count to density and colour."""
 
@@ -393,7 +397,7 @@ def _step_flops(a, s, backward):
     return _render_flops(a, s, True) + (a["table"].size + a["params"].size) * (13 + 2.0 * SPECIAL)
 
 
-@task("step", run=_step_run, flops=_step_flops, outliers=1e-3, tolerance=5e-3,
+@task("step", run=_step_run, flops=_step_flops, outliers=1e-3, tolerance=5e-3, in_place=True,
       gathers=lambda a, s, backward: _render_gathers(a, s, True))  # fmt: skip
 def step(size):
     """A training step without guidance, from cameras to updated parameters."""
@@ -428,7 +432,8 @@ def curves() -> list[Curve]:
     """Of the hash encoding, and of render, or of composite where render is not there."""
     picture = "render" if hasattr(ops, "render") else "composite"
     return [
-        Curve("hash_encode", "points", {64 * p * p: _paper(pixels=p) for p in (8, 16, 32, 64, 128)}),
+        Curve("hash_encode", "points",
+              {64 * p * p: _paper(pixels=p) for p in (8, 16, 32, 64, 128)}),
         Curve("hash_encode", "levels", {n: _paper_grid(n_levels=n) for n in (2, 4, 8, 16)}),
         Curve("hash_encode", "log2 table size",
               {n: _paper_grid(log2_table_size=n) for n in (14, 16, 18, 20, 22)}),
