@@ -85,7 +85,7 @@ $(VENV)/.tools: $(VENV)/.installed
 
 # The peers are optional: one that has no build here is listed as absent.
 $(VENV)/.bench: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[bench]' || \
+	$(BIN)/python -m pip install --quiet 'dreamfusion-fast[bench]' || \
 	  for peer in drjit jax taichi warp-lang; do $(BIN)/python -m pip install --quiet $$peer || true; done
 	touch $@
 

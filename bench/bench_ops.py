@@ -6,7 +6,7 @@ test then hands its contender's times to pytest-benchmark, whose clock here is C
 
 import pytest
 
-from bench.contenders import contenders
+from bench.contenders import contenders, enters
 from bench.record import OURS
 from bench.suite import curve_cases, plain_cases
 
@@ -30,7 +30,7 @@ class Clock:
 
 CLOCK = Clock()
 PLAIN = [pytest.param(case, name, id=f"{case}-{name}") for case in plain_cases()
-         for name, c in contenders().items() if case.op in c.ops]  # fmt: skip
+         for name, c in contenders().items() if enters(c, case.op, case.size)]  # fmt: skip
 
 
 def show(benchmark, suite, case, name) -> None:

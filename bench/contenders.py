@@ -9,20 +9,27 @@ from bench.record import OURS
 TORCH_OPS = ("adam", "composite", "composite_lit", "frequency_encode", "generate_rays",
              "hash_encode", "march", "mlp", "occupancy", "radiance", "render",
              "spherical_harmonics", "step")  # fmt: skip
+PEER_OPS = TORCH_OPS  # of Dr.Jit and JAX: all
 EAGER = "eager"  # what ours itself is compared with
 
 
 @dataclass(frozen=True)
 class Contender:
     """`module` is imported by the contender's process (bench/runner.py says what it must have);
-    where that fails the contender is absent. `ops` are those it has. `tolerance`: of one that
-    works in float16, where it is larger than the task's."""
+    where that fails the contender is absent. `ops` are those it has, at `sizes` only where these
+    are given. `tolerance`: of one that works in float16, where it is larger than the task's."""
 
     name: str
     module: str
     ops: tuple[str, ...] = TORCH_OPS
+    sizes: tuple[str, ...] | None = None
     env: dict[str, str] = field(default_factory=dict)
     tolerance: float = 0.0
+
+
+def enters(c: Contender, op: str, size: str) -> bool:
+    """Whether it races there."""
+    return op in c.ops and size in (c.sizes or (size,))
 
 
 def contenders() -> dict[str, Contender]:
@@ -35,9 +42,9 @@ def contenders() -> dict[str, Contender]:
             Contender("ours-1-thread", "bench.peer_torch", env=one_thread),
             Contender("ours-unfused", "bench.peer_torch", ("render",)),
             Contender(EAGER, "bench.peer_torch"),
-            Contender("compiled", "bench.peer_torch"),
-            Contender("drjit", "bench.peer_drjit"),
-            Contender("jax", "bench.peer_jax"),
+            Contender("compiled", "bench.peer_torch", sizes=("paper",)),  # minutes of compilation
+            Contender("drjit", "bench.peer_drjit", PEER_OPS),
+            Contender("jax", "bench.peer_jax", PEER_OPS),
             Contender("taichi", "bench.peer_taichi", ("hash_encode",)),
             Contender("warp", "bench.peer_warp", ("hash_encode",)),
             Contender("nerfacc", "bench.peer_nerfacc", ("composite",)),

@@ -16,20 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout, installed or not
 
+from bench.runner import high_water, reset_high_water
+
 SIDES = (64, 256, 512)  # pixels of a square picture, 64 samples a ray
 LIMIT = 600  # seconds of a process
-
-
-def high_water() -> int:
-    """The most bytes that lay in memory since the start or the last reset."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
-def reset() -> int:
-    """Forget the high-water mark; it begins again at what is in memory now, in bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return high_water()
 
 
 def one(name: str, side: int) -> dict:
@@ -53,7 +43,7 @@ def one(name: str, side: int) -> dict:
         call()
         peak = torch.cuda.max_memory_allocated()
     else:
-        before = reset()
+        before = reset_high_water()
         call()
         peak = high_water()
     return {"contender": name, "pixels": side, "samples": problem.settings["count"],

@@ -36,7 +36,7 @@ class Budget:
     """Seconds: of one contender's turns in a race, of a call that is still raced, of one that
     prepares (compilation included). cold: also measure with empty caches."""
 
-    seconds: float = 0.8
+    seconds: float = 0.5
     longest: float = 2.5
     prepare: float = 150.0
     cold: bool = True
@@ -112,6 +112,7 @@ class Entry:
     racer: Racer
     outputs: Path
     seconds: float | None = None  # of a call, after the first
+    peak: int = 0  # bytes of memory that preparing it took
     problem: str | None = None
     error: float | None = None
     equal: bool | None = None
@@ -172,7 +173,8 @@ class Race:
                    "settings": self.problem.settings, "backward": self.backward,
                    "out": str(entry.outputs), "in_place": self.problem.task.in_place}  # fmt: skip
         try:
-            entry.seconds = entry.racer.ask(request, self.budget.prepare)["again"]
+            answer = entry.racer.ask(request, self.budget.prepare)
+            entry.seconds, entry.peak = answer["again"], answer["peak"]
         except Absent as absent:
             return f"absent: {absent}"
         except RuntimeError as error:

@@ -10,7 +10,7 @@ empties a device's cache.
 
 Each line of stdin is a JSON object and answered by one (bench/processes.py):
     {"do": "prepare", "op", "folder", "settings", "backward", "out", "in_place"}: writes the results
-        to `out`; seconds of the first call, and of one again
+        to `out`; seconds of the first call, and of one again, and bytes of memory at most
     {"do": "time", "calls"[, "warm_up": true | "flush": true]}: seconds of one call
     {"do": "drop"}: {}
 What goes wrong is answered by {"error"}; a module that cannot be imported by {"absent"}.
@@ -34,6 +34,7 @@ import numpy as np
 
 from bench.processes import ANSWER
 
+CLEAR = Path("/proc/self/clear_refs")
 KEPT = 1 << 21  # numbers of a result that are written for the comparison, at most
 FLUSH = 2  # times the last cache's size are touched to empty it
 
@@ -44,6 +45,18 @@ def last_cache() -> int:
              Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]  # fmt: skip
     units = {"K": 1 << 10, "M": 1 << 20}
     return max((int(s[:-1]) * units[s[-1]] for s in sizes if s[-1] in units), default=32 << 20)
+
+
+def high_water() -> int:
+    """The most bytes that lay in memory since the start, or since the last reset."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def reset_high_water() -> int:
+    """Let the high-water mark begin again at what is in memory now: bytes."""
+    CLEAR.write_text("5")
+    return high_water()
 
 
 def thin(x: np.ndarray) -> np.ndarray:
@@ -60,6 +73,7 @@ class Runner:
         self.buffer = np.zeros(FLUSH * last_cache() // 8)
 
     def prepare(self, op, folder, settings, backward, out, in_place=False) -> dict:
+        before = self._memory()
         arrays = {p.stem: np.load(p) for p in Path(folder).glob("*.npy")}
         start = time.perf_counter()
         self.call, outputs = self.module.OPS[op](arrays, settings, backward)
@@ -67,10 +81,19 @@ class Runner:
         first = time.perf_counter() - start
         if not in_place:
             self.call()  # what is traced or captured may only now take its usual way
+        peak = high_water() - before  # too little where the mark cannot be reset
         np.savez(out, *map(thin, outputs()))
         del outputs, arrays
         gc.collect()
-        return {"first": first, "again": min(self._once() for _ in range(2))}
+        again = min(self._once() for _ in range(2))
+        return {"first": first, "again": again, "peak": peak}
+
+    @staticmethod
+    def _memory() -> int:
+        try:
+            return reset_high_water()
+        except OSError:
+            return high_water()
 
     def time(self, calls, warm_up=False, flush=False) -> float:
         """On average over `calls` calls, after one that is not timed or after the caches have

@@ -20,13 +20,14 @@ import numpy as np
 import torch
 
 from bench import race, roof, tasks
-from bench.contenders import Contender, contenders
+from bench.contenders import Contender, contenders, enters
 from bench.limits import Size
 from bench.record import OURS, VERSION, check
 
 ROOT = Path(__file__).resolve().parents[1]
 FORWARD, BOTH = "forward", "forward+backward"
 CURVE_PEERS = 2  # the fastest ones, beside ours
+MEMORY = 0.5  # of what is free: what one contender may need
 EXPECTED = 0.05  # seconds: longer calls are taken to grow with the counted operations
 
 
@@ -81,6 +82,20 @@ class Loaded:
     folder: tempfile.TemporaryDirectory | None = None
 
 
+class Seen(NamedTuple):
+    """What a contender's last call of an op took."""
+
+    flops: float  # counted
+    seconds: float
+    peak: float  # bytes
+
+
+def free_memory() -> int:
+    """Bytes that processes can still have."""
+    found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    return 1024 * int(found[1])
+
+
 class Suite:
     """Races when asked, and remembers the rows."""
 
@@ -93,7 +108,7 @@ class Suite:
                        for name, c in self.entrants.items()}  # fmt: skip
         self.rows: dict[Case, dict[str, dict]] = {}
         self.times: dict[tuple[Case, str], list[float]] = {}  # seconds of each round, warm
-        self.history: dict[tuple, tuple[float, float]] = {}  # operations and seconds of a call
+        self.history: dict[tuple, Seen] = {}  # of contender, op, backward
         self.loaded = Loaded()
 
     @functools.cached_property
@@ -106,11 +121,11 @@ class Suite:
             _ = self.limits  # before anything else runs
             problem, folder = self._load(case)
             names = [n for n in self.entrants if n in {OURS, *names}
-                     and case.op in self.entrants[n].ops]  # fmt: skip
+                     and enters(self.entrants[n], case.op, case.size)]  # fmt: skip
             backward = case.direction == BOTH
             work = problem.work(backward)
             budget = replace(self.budget, cold=case.size != "large" and not case.curve)
-            skipped = {n: reason for n in names if (reason := self._too_long(n, case, work))}
+            skipped = {n: reason for n in names if (reason := self._too_much(n, case, work))}
             racers = [self.racers[n] for n in names]
             found = race.Race(problem, backward, racers, folder, budget).run(skipped)
             self.rows[case] = {name: self._row(case, name, e, work) for name, e in found.items()
@@ -118,7 +133,7 @@ class Suite:
             for name, e in found.items():
                 self.times[case, name] = e.warm or []
                 if e.seconds:
-                    self.history[name, case.op, backward] = (work["flops"], e.seconds)
+                    self.history[name, case.op, backward] = Seen(work["flops"], e.seconds, e.peak)
         return self.rows[case]
 
     def _load(self, case: Case) -> tuple[tasks.Problem, Path]:
@@ -134,12 +149,17 @@ class Suite:
             self.loaded = Loaded(key, problem, folder)
         return self.loaded.problem, Path(self.loaded.folder.name)
 
-    def _too_long(self, name: str, case: Case, work: dict) -> str | None:
-        """Why it is not tried: by its last size, a call would take longer than the limit."""
-        flops, seconds = self.history.get((name, case.op, case.direction == BOTH), (0, 0))
-        expected = seconds * work["flops"] / flops if flops and seconds > EXPECTED else 0.0
-        if expected > self.budget.longest:
-            return f"a call would take about {expected:.3g} s: limit {self.budget.longest} s"
+    def _too_much(self, name: str, case: Case, work: dict) -> str | None:
+        """Why it is not tried: by its last size, a call would take more than there is."""
+        seen = self.history.get((name, case.op, case.direction == BOTH))
+        if seen is None or not seen.flops:
+            return None
+        growth, free = work["flops"] / seen.flops, 1e-9 * free_memory()
+        seconds, memory = growth * seen.seconds, 1e-9 * growth * seen.peak
+        if seen.seconds > EXPECTED and seconds > self.budget.longest:
+            return f"a call would take about {seconds:.3g} s: limit {self.budget.longest} s"
+        if growth > 1 and memory > MEMORY * free:
+            return f"a call would need about {memory:.2g} GB: {free:.2g} GB are free"
 
     def _row(self, case: Case, name: str, e: race.Entry, work: dict) -> dict:
         warm, cold = race.spread(e.warm), race.spread(e.cold)

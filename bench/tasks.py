@@ -308,7 +308,8 @@ def radiance(size):
 
 # ---- rays ---------------------------------------------------------------------------------------
 @task(run=lambda m, a, s: m.generate_rays(a["c2w"], a["focal"], s["height"], s["width"]),
-      flops=lambda a, s, b: len(a["focal"]) * s["height"] * s["width"] * (27.0 + SPECIAL))  # fmt: skip
+      flops=lambda a, s, b: len(a["c2w"]) * s["height"] * s["width"] * (27.0 + SPECIAL),
+)  # fmt: skip
 def generate_rays(size):
     scene = cases.scene(size, torch.device("cpu"))
     arrays = {"c2w": scene.c2w.numpy(), "focal": scene.focal.numpy()}

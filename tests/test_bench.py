@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import contenders, limits, memory, peer_torch, race, report, roof, suite, tasks
+from bench import contenders, limits, peer_torch, race, report, roof, runner, suite, tasks
 from bench.contenders import Contender
 from bench.record import load, times
 from dreamfusion_fast import ops
@@ -114,6 +114,16 @@ def test_slow_contenders_are_not_raced_and_not_tried_again(made):
         assert row["problem"].startswith(reason) and not times(row)
 
 
+def test_contenders_that_need_more_memory_than_there_is_are_not_tried(made, monkeypatch):
+    found = made("ours", "eager")
+    found.race(suite.Case("double", "small", suite.FORWARD), ["eager"])
+    monkeypatch.setattr(suite, "free_memory", lambda: 1 << 20)
+    found.history["eager", "double", False] = suite.Seen(500.0, 0.01, 1 << 30)
+    row = found.race(suite.Case("double", "large", suite.FORWARD), ["eager"])["eager"]
+    assert row["problem"] == "a call would need about 2.1 GB: 0.001 GB are free"
+    assert not times(row) and suite.free_memory() > 0
+
+
 def test_curves_are_of_the_fastest_others(made):
     names = ("ours", "ours-1-thread", "eager", "hy-phen", "b")
     found = made(*names, seconds={"eager": 0.02})
@@ -132,7 +142,7 @@ class Recorder:
     def ask(self, request, limit):
         if request["do"] == "prepare":
             np.savez(request["out"], np.zeros(3))
-            return {"again": self.seconds}
+            return {"again": self.seconds, "peak": 0}
         self.turns.append((self.contender.name, request["flush"] if "flush" in request else False))
         return self.seconds
 
@@ -268,8 +278,8 @@ def test_peers_have_what_they_are_entered_for():
 
 # ---- memory ----
 def test_high_water_marks_are_those_of_the_call():
-    before = memory.reset()
+    before = runner.reset_high_water()
     block = torch.ones(16 << 20)
-    assert memory.high_water() - before >= 60e6
+    assert runner.high_water() - before >= 60e6
     del block
-    assert memory.reset() - before < 40e6
+    assert runner.reset_high_water() - before < 40e6
