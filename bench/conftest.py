@@ -24,6 +24,8 @@ def pytest_addoption(parser):
                     help="of one contender's turns in a race")  # fmt: skip
     group.addoption("--bench-longest", type=float, default=Budget.longest,
                     help="seconds of a call that is still raced")  # fmt: skip
+    group.addoption("--bench-quick", action="store_true",
+                    help="limits from little work: to try the suite, not to measure")  # fmt: skip
     group.addoption("--bench-out", type=Path, help="folder of the results")
 
 
@@ -35,7 +37,7 @@ def pytest_configure(config):
 def suite(request) -> Suite:
     option = request.config.getoption
     budget = Budget(option("bench_seconds"), option("bench_longest"))
-    request.config.bench_suite = Suite(budget)
+    request.config.bench_suite = Suite(budget, quick=option("bench_quick"))
     return request.config.bench_suite
 
 
@@ -59,7 +61,7 @@ def pytest_sessionfinish(session, exitstatus):
         return
     record = suite.record()
     option = session.config.getoption
-    whole = not option("keyword") and exitstatus in (0, 1)
+    whole = not option("keyword") and not option("bench_quick") and exitstatus in (0, 1)
     if whole:
         record["rows"].append(stages.measure(60))
         record["memory"] = memory.measure()

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from bench.record import OURS
 
-TORCH_OPS = ("adam", "composite", "composite_lit", "frequency_encode", "generate_rays",
+PEER_OPS = ("adam", "composite", "composite_lit", "frequency_encode", "generate_rays",
              "hash_encode", "march", "mlp", "occupancy", "radiance", "render",
              "spherical_harmonics", "step")  # fmt: skip
-PEER_OPS = TORCH_OPS  # of Dr.Jit and JAX: all
+TORCH_OPS = (*PEER_OPS,)
 EAGER = "eager"  # what ours itself is compared with
 
 

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FORWARD, BOTH = "forward", "forward+backward"
 CURVE_PEERS = 2  # the fastest ones, beside ours
 MEMORY = 0.5  # of what is free: what one contender may need
+QUICK = 0.01  # of the work that limits are measured with
 EXPECTED = 0.05  # seconds: longer calls are taken to grow with the counted operations
 
 
@@ -100,8 +101,8 @@ class Suite:
     """Races when asked, and remembers the rows."""
 
     def __init__(self, budget: race.Budget | None = None, entrants: dict | None = None,
-                 build: Callable = tasks.build):  # fmt: skip
-        self.budget, self.build = budget or race.Budget(), build
+                 build: Callable = tasks.build, quick: bool = False):  # fmt: skip
+        self.budget, self.build, self.quick = budget or race.Budget(), build, quick
         self.folder = tempfile.TemporaryDirectory()
         self.entrants: dict[str, Contender] = entrants or contenders()
         self.racers = {name: race.Racer(c, Path(self.folder.name))
@@ -113,7 +114,7 @@ class Suite:
 
     @functools.cached_property
     def limits(self) -> dict:
-        return roof.measure()
+        return roof.measure(scale=QUICK if self.quick else 1.0)
 
     def race(self, case: Case, names: list[str]) -> dict[str, dict]:
         """A row of each contender that is there, by name; raced on the first call."""
@@ -189,7 +190,7 @@ class Suite:
         versions = {name: r.version for name, r in self.racers.items() if r.version}
         record = {"version": VERSION, "date": str(datetime.date.today()), "machine": machine(),
                   "limits": self.limits, "contenders": versions, "rows": rows,
-                  "absent": [*absent, *ops_there()[1]]}  # fmt: skip
+                  "absent": [*absent, *ops_there()[1]], "quick": self.quick}  # fmt: skip
         return check(record, "this run")
 
     def close(self) -> None:

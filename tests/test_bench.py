@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -274,6 +275,24 @@ def test_peers_have_what_they_are_entered_for():
         source = (ROOT / c.module.replace(".", "/")).with_suffix(".py").read_text()
         if c.module != "bench.peer_torch":
             assert all(f"def {op}(" in source for op in c.ops), c.name
+
+
+# ---- the command ----
+def test_a_part_of_the_suite_from_the_command_line(tmp_path):
+    """Ours and the twin, in their processes; the results where they were asked for."""
+    command = [sys.executable, "-m", "pytest", "bench/bench_ops.py", "-q", "-p", "no:cacheprovider",
+               "-k", "generate_rays-small and eager", "--bench-seconds", "0.01", "--bench-quick",
+               "--bench-out", tmp_path, f"--benchmark-json={tmp_path / 'pytest-benchmark'}"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*.json")
+    rows = load(path)["rows"]
+    assert [(r["contender"], r["equal"]) for r in rows] == [("ours", True), ("eager", True)]
+    assert all(times(r) and times(r, "cold") and r["percent_of_limit"] > 0 for r in rows)
+    assert (path.with_suffix("") / "report.html").exists() and str(path) in done.stdout
+    (kept,) = json.loads((tmp_path / "pytest-benchmark").read_text())["benchmarks"]
+    assert kept["stats"]["median"] == pytest.approx(1e-3 * times(rows[1]).middle)
+    assert kept["group"] == "generate_rays-small-forward"
 
 
 # ---- memory ----
