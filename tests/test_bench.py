@@ -281,8 +281,9 @@ def test_peers_have_what_they_are_entered_for():
 def test_a_part_of_the_suite_from_the_command_line(tmp_path):
     """Ours and the twin, in their processes; the results where they were asked for."""
     command = [sys.executable, "-m", "pytest", "bench/bench_ops.py", "-q", "-p", "no:cacheprovider",
-               "-k", "generate_rays-small and eager", "--bench-seconds", "0.01", "--bench-quick",
-               "--bench-out", tmp_path, f"--benchmark-json={tmp_path / 'pytest-benchmark'}"]  # fmt: skip
+               "-k", "generate_rays-small and eager", "--bench-seconds=0.01", "--bench-quick",
+               f"--bench-out={tmp_path}", f"--benchmark-json={tmp_path}/pytest-benchmark",
+               ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
     (path,) = tmp_path.glob("*.json")
