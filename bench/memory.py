@@ -27,11 +27,11 @@ def one(name: str, side: int) -> dict:
     warmed up on a small picture, and on a GPU what torch allocated."""
     import torch
 
-    from bench import peer_torch, tasks
+    from bench import peer_torch, task, tasks
 
     def prepared(pixels):
         size = dataclasses.replace(tasks.SIZES["paper"], pixels=pixels)
-        problem = tasks.build("render", size)
+        problem = task.build("render", size)
         return problem, peer_torch.OPS["render"](problem.arrays, problem.settings, True)[0]
 
     peer_torch.start(name)

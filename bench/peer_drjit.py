@@ -12,7 +12,8 @@ import drjit as dr
 import numpy as np
 from drjit.llvm.ad import Array2f, Array3f, Float, TensorXf, UInt32
 
-from bench.tasks import ADAM, FIELD_SETTINGS, TASKS
+from bench.task import TASKS
+from bench.tasks import ADAM, FIELD_SETTINGS
 
 FLAT = ("table", "params", "packed", "bitfield", "c2w", "shading")  # gathered from, or reshaped
 

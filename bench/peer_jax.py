@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.tasks import ADAM, FIELD_SETTINGS, TASKS
+from bench.task import TASKS
+from bench.tasks import ADAM, FIELD_SETTINGS
 
 jax.config.update("jax_enable_x64", False)
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
-from bench import tasks
+from bench import task, tasks
 from dreamfusion_fast import ops
 from dreamfusion_fast.ops import reference
 
@@ -28,11 +28,11 @@ def start(name: str) -> str:
 
 
 def prepare(op: str, arrays: dict, settings: dict, backward: bool):
-    task, name = tasks.TASKS[op], chosen["name"]
+    made, name = task.TASKS[op], chosen["name"]
     tensors = {k: torch.from_numpy(x).to(DEVICE) for k, x in arrays.items()}
-    inputs = [tensors[k].requires_grad_() for k in task.gradients if backward]
+    inputs = [tensors[k].requires_grad_() for k in made.gradients if backward]
     cotangents = [tensors[f"g{i}"] for i in range(len(tensors)) if f"g{i}" in tensors]
-    function, last = functools.partial(task.run, MODULES[name]), []
+    function, last = functools.partial(made.run, MODULES[name]), []
     if name == "compiled":
         torch._dynamo.reset()
         function = torch.compile(function, dynamic=False)
@@ -56,7 +56,7 @@ def _columns(pairs, inputs):
     return outputs, inputs, cotangents
 
 
-OPS = {op: functools.partial(prepare, op) for op in tasks.TASKS}
+OPS = {op: functools.partial(prepare, op) for op in task.TASKS}
 
 
 def release() -> None:

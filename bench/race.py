@@ -22,7 +22,7 @@ import numpy as np
 from bench import processes, runner
 from bench.contenders import EAGER, Contender
 from bench.record import OURS
-from bench.tasks import Problem
+from bench.task import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
 NOISY = 0.3  # of the median: a wider spread is marked

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from bench import race, roof, tasks
+from bench import race, roof, task, tasks
 from bench.contenders import Contender, contenders, enters
 from bench.limits import Size
 from bench.record import OURS, VERSION, check
@@ -52,11 +52,11 @@ def ops_there() -> tuple[list[str], list[dict]]:
     missing = [name for name in tasks.FUSED if not hasattr(ops, name)]
     absent = [{"contender": f"{OURS}: {name}", "reason": f"dreamfusion_fast.ops has no `{name}`"}
               for name in missing]  # fmt: skip
-    return sorted(set(tasks.TASKS) - set(missing)), absent
+    return sorted(set(task.TASKS) - set(missing)), absent
 
 
 def passes(op: str) -> tuple[str, ...]:
-    return (FORWARD, BOTH) if tasks.TASKS[op].gradients else (FORWARD,)
+    return (FORWARD, BOTH) if task.TASKS[op].gradients else (FORWARD,)
 
 
 def plain_cases() -> list[Case]:
@@ -79,7 +79,7 @@ class Loaded:
     """The problem that contenders work on, and the folder of its arrays."""
 
     key: tuple | None = None
-    problem: tasks.Problem | None = None
+    problem: task.Problem | None = None
     folder: tempfile.TemporaryDirectory | None = None
 
 
@@ -101,7 +101,7 @@ class Suite:
     """Races when asked, and remembers the rows."""
 
     def __init__(self, budget: race.Budget | None = None, entrants: dict | None = None,
-                 build: Callable = tasks.build, quick: bool = False):  # fmt: skip
+                 build: Callable = task.build, quick: bool = False):  # fmt: skip
         self.budget, self.build, self.quick = budget or race.Budget(), build, quick
         self.folder = tempfile.TemporaryDirectory()
         self.entrants: dict[str, Contender] = entrants or contenders()
@@ -137,7 +137,7 @@ class Suite:
                     self.history[name, case.op, backward] = Seen(work["flops"], e.seconds, e.peak)
         return self.rows[case]
 
-    def _load(self, case: Case) -> tuple[tasks.Problem, Path]:
+    def _load(self, case: Case) -> tuple[task.Problem, Path]:
         """The case's arrays as files; the last ones stay for the next pass."""
         key = case.op, case.size
         if self.loaded.key != key:

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import contenders, limits, peer_torch, race, report, roof, runner, suite, tasks
+from bench import contenders, limits, peer_torch, race, report, roof, runner, suite, task
 from bench.contenders import Contender
 from bench.record import load, times
 from dreamfusion_fast import ops
@@ -26,14 +26,14 @@ LIMITS = {"fma_gflops": 100.0, "read_gbs": 10.0,
 TINY = limits.SIZES["tiny"]
 
 
-def double_task() -> tasks.Task:
-    return tasks.Task("double", make=lambda size: None, run=None, gradients=("x",),
+def double_task() -> task.Task:
+    return task.Task("double", make=lambda size: None, run=None, gradients=("x",),
                       flops=lambda a, s, backward: 1000.0 * (1 + backward))  # fmt: skip
 
 
-def double_problem(seconds=None) -> tasks.Problem:
+def double_problem(seconds=None) -> task.Problem:
     x = np.arange(10, dtype=np.float32)
-    return tasks.Problem(double_task(), {"x": x, "g0": x + 1}, {"seconds": seconds or {}}, x.nbytes)
+    return task.Problem(double_task(), {"x": x, "g0": x + 1}, {"seconds": seconds or {}}, x.nbytes)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def made(fakes, monkeypatch):
     suites = []
 
     def make(*names, seconds=None, **budget):
-        monkeypatch.setitem(tasks.TASKS, "double", double_task())
+        monkeypatch.setitem(task.TASKS, "double", double_task())
         budget = race.Budget(**{"seconds": 0.01, "cold": False, **budget})
         found = suite.Suite(budget, fakes(*names), lambda name, size: double_problem(seconds))
         found.__dict__["limits"] = LIMITS
@@ -222,10 +222,10 @@ def test_floors_name_the_slowest_resource():
 
 
 # ---- tasks ----
-@pytest.mark.parametrize("name", tasks.TASKS)
+@pytest.mark.parametrize("name", task.TASKS)
 def test_tasks_are_the_same_for_ours_and_the_twin(name):
     """Through the module that their processes run, on a tiny picture; counted work is there."""
-    problem = tasks.build(name, TINY)
+    problem = task.build(name, TINY)
     outputs = []
     for contender in ("ours", "eager"):
         peer_torch.start(contender)
@@ -246,9 +246,9 @@ def test_tasks_are_the_same_for_ours_and_the_twin(name):
 
 
 def test_counted_work_of_known_problems():
-    assert tasks.mlp_flops(10, [2, 3, 1], False) == 10 * 2 * (6 + 3)
-    assert tasks.mlp_flops(10, [2, 3, 1], True) == 3 * 10 * 2 * (6 + 3)
-    problem = tasks.build("hash_encode", TINY)
+    assert task.mlp_flops(10, [2, 3, 1], False) == 10 * 2 * (6 + 3)
+    assert task.mlp_flops(10, [2, 3, 1], True) == 3 * 10 * 2 * (6 + 3)
+    problem = task.build("hash_encode", TINY)
     rows = np.diff(problem.settings["starts"])
     n = len(problem.arrays["x"])
     assert problem.work(True)["gathers"] == [(16.0 * n, 8 * r) for r in rows]
@@ -260,13 +260,13 @@ def test_cases_name_every_op_and_what_is_missing():
     cases = suite.plain_cases()
     there, absent = suite.ops_there()
     assert {c.op for c in cases} == set(there)
-    assert set(tasks.TASKS) - set(there) == {a["contender"].split(": ")[1] for a in absent}
+    assert set(task.TASKS) - set(there) == {a["contender"].split(": ")[1] for a in absent}
     assert ("render" in there) == hasattr(ops, "render")
     assert {c.curve for c in suite.curve_cases()} == {
         "points", "levels", "log2 table size", "rays", "samples"}  # fmt: skip
     assert len({str(c) for c in cases + suite.curve_cases()}) == len(cases + suite.curve_cases())
     known = {name for c in contenders.contenders().values() for name in c.ops}
-    assert set(tasks.TASKS) <= known
+    assert set(task.TASKS) <= known
 
 
 def test_peers_have_what_they_are_entered_for():
