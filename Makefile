@@ -15,7 +15,7 @@ EMULATED_TESTS := tests/test_emulation.py tests/test_field.py tests/test_field_p
   $(foreach stem,$(STEMS),$(wildcard tests/test_$(stem).py tests/test_$(stem)_*.py))
 
 .PHONY: demo test check kernels emulated mutation triton resources cpp instructions gpu-check \
-  bench-compare clean
+  bench bench-compare clean
 
 demo: $(VENV)/.installed  ## text to 3D with the embedded prior: make demo PROMPT="a blue duck"
 	$(BIN)/dreamfusion-fast doctor
@@ -70,6 +70,10 @@ instructions:
 	@echo "Instructions were not counted: no valgrind (apt-get install valgrind)."
 endif
 
+bench: $(VENV)/.bench  ## ours against its peers: a quarter of an hour; ARGS='-k "paper and mlp"'
+	$(BIN)/python -m pytest bench/bench_ops.py -q -p no:cacheprovider \
+	  --benchmark-columns=median,iqr,min,rounds $(ARGS)
+
 bench-compare: $(VENV)/.installed  ## is NEW slower? make bench-compare BASE=old.json [NEW=new.json]
 	$(BIN)/python bench/compare.py $(BASE) $(NEW)
 
@@ -85,6 +89,12 @@ $(VENV)/.installed: $(SOURCES)
 
 $(VENV)/.tools: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet cmake ninja pybind11
+	touch $@
+
+# The peers are optional: one that has no build here is listed as absent.
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet 'dreamfusion-fast[bench]' || \
+	  for peer in drjit jax taichi warp-lang; do $(BIN)/python -m pip install --quiet $$peer || true; done
 	touch $@
 
 clean:

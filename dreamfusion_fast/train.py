@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import checkpoint, export, guidance, losses, optimizers, sds
+from . import _cpu, checkpoint, export, guidance, losses, optimizers, sds
 from .checks import check
 from .config import RunConfig
 from .drawing import Draw, Drawing, step_generator
@@ -53,6 +53,8 @@ class Trainer:
     def __init__(self, config: RunConfig, folder: Path, guide=None, device="cpu", resume=False):
         check(config)
         self.config, self.folder, self.device = config, Path(folder), settled(device)
+        if self.device.type == "cpu":
+            _cpu.keep_memory()  # each step asks for what the last one freed
         self.guidance = Timed(guide or load_guidance(config, self.device))
         if config.render.latent:
             self._fit_to_latents()
