@@ -1,5 +1,8 @@
 """The ops under torch.func: right or refused, never silently wrong."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from op_table import CASES, IN_PLACE, SMOOTH, TWICE, as_tuple, assert_all, case, energy, gradients
@@ -118,3 +121,19 @@ def test_what_has_no_derivative_ignores_requires_grad(name):
     assert_all(torch.equal, got, op(*tensors))
     grad = torch.func.grad(lambda t: as_tuple(op(t, *tensors[1:]))[0].sum())(tensors[0])
     assert torch.equal(grad, torch.zeros_like(tensors[0]))
+
+
+def test_another_torch_has_its_own_way(tmp_path):
+    """Where torch lacks the names that ops/_autograd.py needs, ops are differentiated by
+    torch.library: all but torch.func."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import torch, torch._functorch.utils as utils\n"
+        "del utils.enable_single_level_autograd_function\n"
+        "from dreamfusion_fast.ops import _autograd, mlp, reference\n"
+        "assert not _autograd.SUPPORTED\n"
+        "x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)\n"
+        "params = torch.randn(4 * 3 + 2 * 4, dtype=torch.float64, requires_grad=True)\n"
+        "assert torch.autograd.gradcheck(lambda x, p: mlp(x, p, [3, 4, 2]), (x, params))\n"
+    )
+    subprocess.run([sys.executable, program], check=True)

@@ -3,7 +3,8 @@
 torch.library.register_autograd serves eager calls and torch.compile. This serves torch.func too
 (grad, vjp, jacrev, vmap of them), refuses derivatives that do not exist, which torch leaves out
 with a warning or, in forward mode, without one, and saves a third of a call's overhead
-(bench/overhead.py). It leans on what torch's own register_autograd and autograd.Function lean on.
+(bench/overhead.py). It leans on what torch's own register_autograd and autograd.Function lean on:
+names that another torch may lack, whose register_autograd then has to do (SUPPORTED).
 """
 
 from __future__ import annotations
@@ -11,14 +12,25 @@ from __future__ import annotations
 import contextlib
 
 import torch
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-_BELOW = torch._C._after_autograd_keyset
-_PLAIN = {
-    torch._C.DispatchKeySet(key).raw_repr()
-    for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
-}
+try:
+    from torch._C import (
+        DispatchKey,
+        DispatchKeySet,
+        _after_autograd_keyset,
+        _any_requires_grad,
+        _are_functorch_transforms_active,
+        _AutoDispatchBelowAutograd,
+    )
+    from torch._functorch.utils import enable_single_level_autograd_function
+
+    _PLAIN = {DispatchKeySet(key).raw_repr() for key in (DispatchKey.CPU, DispatchKey.CUDA)}
+    SUPPORTED = hasattr(forward_ad, "_current_level") and hasattr(
+        forward_ad, "_set_fwd_grad_enabled"
+    )
+except (ImportError, AttributeError):
+    SUPPORTED = False
 
 
 class Derivative:
@@ -47,10 +59,10 @@ def autograd_kernel(op: torch._ops.OpOverload, kernel, derivative: Derivative):
     """The function for the op's dispatch key Autograd, with_keyset. `kernel` runs the op."""
 
     def run(keyset, args):
-        below = keyset & _BELOW
+        below = keyset & _after_autograd_keyset
         if below.raw_repr() in _PLAIN:  # no mode and no transform on the way: not through torch
             return kernel(*args)
-        with _outer_levels_on(), torch._C._AutoDispatchBelowAutograd():
+        with _outer_levels_on(), _AutoDispatchBelowAutograd():
             return op.redispatch(below, *args)
 
     def forward(ctx, *args):
@@ -78,10 +90,10 @@ def autograd_kernel(op: torch._ops.OpOverload, kernel, derivative: Derivative):
     apply = super(torch.autograd.Function, function).apply
 
     def call(keyset, *args):
-        reverse = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        reverse = torch.is_grad_enabled() and _any_requires_grad(*args)
         if not reverse and forward_ad._current_level < 0:
             return run(keyset, args)
-        if not torch._C._are_functorch_transforms_active():
+        if not _are_functorch_transforms_active():
             return apply(*args, keyset)
         with enable_single_level_autograd_function():
             return apply(*args, keyset)
@@ -93,7 +105,7 @@ def autograd_kernel(op: torch._ops.OpOverload, kernel, derivative: Derivative):
 def _outer_levels_on():
     """Below one level of torch.func the outer ones differentiate, though autograd.Function has
     switched derivatives off for its own."""
-    if not torch._C._are_functorch_transforms_active():
+    if not _are_functorch_transforms_active():
         yield
         return
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):

@@ -9,7 +9,7 @@ from itertools import zip_longest
 import torch  # first: the kernels then share torch's OpenMP runtime and its thread setting
 
 from .. import _cpu
-from ._autograd import Derivative, autograd_kernel, vmap_rule
+from ._autograd import SUPPORTED, Derivative, autograd_kernel, vmap_rule
 
 try:
     from .. import _cuda
@@ -33,7 +33,7 @@ def register(schema: str, kernel, fake) -> None:
     lib.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"dreamfusion_fast::{name}", fake, lib=lib)
     op = getattr(torch.ops.dreamfusion_fast, name).default
-    if op._schema.returns:
+    if SUPPORTED and op._schema.returns:
         _derivatives[name] = Derivative(name)
         autograd = autograd_kernel(op, kernel, _derivatives[name])
         lib.impl(name, autograd, "Autograd", with_keyset=True)
@@ -42,7 +42,11 @@ def register(schema: str, kernel, fake) -> None:
 
 def register_backward(name: str, backward, save) -> None:
     """Set the derivative of op `name`: `save` keeps tensors, `backward` uses them."""
-    _derivatives[name].backward, _derivatives[name].save = backward, save
+    if SUPPORTED:
+        _derivatives[name].backward, _derivatives[name].save = backward, save
+    else:
+        full = f"dreamfusion_fast::{name}"
+        torch.library.register_autograd(full, backward, setup_context=save, lib=lib)
 
 
 def autocast(half: str | None = None):
