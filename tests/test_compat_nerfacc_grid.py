@@ -288,6 +288,7 @@ def test_bad_arguments_are_named():
         "far_planes": {"far_planes": torch.zeros(4)},
         "rays_mask": {"rays_mask": torch.ones(4, dtype=torch.bool)},
         "cone_angle": {"cone_angle": -1.0},
+        "step_size": {"step_size": None},
         "traverse_steps_limit": {"over_allocate": True},
     }.items():
         arguments = {"rays_o": o, "rays_d": d, "binaries": binaries, "aabbs": boxes} | change

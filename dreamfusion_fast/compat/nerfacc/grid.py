@@ -58,10 +58,10 @@ def traverse_grids(
     aabbs: Tensor,
     near_planes: Tensor | None = None,
     far_planes: Tensor | None = None,
-    step_size: float | None = 1e-3,
-    cone_angle: float | None = 0.0,
+    step_size: float = 1e-3,
+    cone_angle: float = 0.0,
     traverse_steps_limit: int | None = None,
-    over_allocate: bool | None = False,
+    over_allocate: bool = False,
     rays_mask: Tensor | None = None,
     t_sorted: Tensor | None = None,
     t_indices: Tensor | None = None,
@@ -81,7 +81,7 @@ def traverse_grids(
         binaries: (m, x, y, z) bool, occupied cells of m grids.
         aabbs: (m, 6), the box of each grid, lower and upper corner.
         near_planes, far_planes: (n_rays,), from where to where; None: 0, infinity.
-        traverse_steps_limit: samples a ray at most; None or 0: no limit.
+        traverse_steps_limit: samples a ray at most; None, 0 or below: no limit.
         over_allocate: leave room for that many samples of each ray (see Returns).
         rays_mask: (n_rays,) bool; other rays have no samples.
         t_sorted, t_indices: (n_rays, 2 m), entries and exits of `ray_aabb_intersect` in ascending
@@ -98,10 +98,10 @@ def traverse_grids(
     fits = isinstance(binaries, Tensor) and binaries.ndim == 4 and binaries.dtype == torch.bool
     expect(fits, "binaries", "bool tensor of shape (m, x, y, z)", binaries)
     expect_float("aabbs", aabbs, (len(binaries), 6), f"({len(binaries)}, 6)")
-    n_rays, limit = len(rays_o), traverse_steps_limit or 0
-    expect(limit >= 0, "traverse_steps_limit", "None or a number from 0", traverse_steps_limit)
-    expect(not over_allocate or limit, "traverse_steps_limit", "a number for over_allocate", None)
-    expect((cone_angle or 0.0) >= 0, "cone_angle", "a number from 0", cone_angle)
+    n_rays, limit = len(rays_o), max(0, traverse_steps_limit or 0)
+    expect(not over_allocate or limit, "traverse_steps_limit", "1 or more for over_allocate", limit)
+    expect(step_size is not None, "step_size", "a number", None)
+    expect(cone_angle is not None and cone_angle >= 0, "cone_angle", "a number from 0", cone_angle)
     if near_planes is None:
         near_planes = torch.zeros_like(rays_o[:, 0])
     if far_planes is None:
@@ -120,7 +120,7 @@ def traverse_grids(
         rays_o[alive], rays_d[alive], near_planes[alive], far_planes[alive],
         t_sorted[alive], t_indices[alive], hits[alive],
     )  # fmt: skip
-    steps = traversal.traverse(rays, binaries, aabbs, step_size or 0.0, cone_angle or 0.0, limit)
+    steps = traversal.traverse(rays, binaries, aabbs, step_size, cone_angle, limit)
     ends = near_planes.clone()
     ends[alive] = steps.end.to(ends.dtype)
     ray = alive[steps.ray]

@@ -179,7 +179,9 @@ def _cells(rays: Rays, binaries: Tensor, aabbs: Tensor, level, start, stop):
     for i, box in enumerate(aabbs.double()):
         counts = (level == i) & (stop > start)
         for axis in range(3):
-            plane = torch.linspace(0, 1, int(size[axis]) + 1, dtype=torch.float64, device=o.device)
+            plane = torch.linspace(
+                0, 1, binaries.shape[axis + 1] + 1, dtype=torch.float64, device=o.device
+            )
             plane = box[axis] + plane * (box[axis + 3] - box[axis])
             t = (plane - o[:, axis, None]) / d[:, axis, None]  # infinite or NaN where parallel
             inside = torch.zeros_like(t, dtype=torch.bool)
