@@ -38,7 +38,7 @@ class Budget:
 
     seconds: float = 0.5
     longest: float = 2.5
-    prepare: float = 150.0
+    prepare: float = 120.0
     cold: bool = True
 
 
