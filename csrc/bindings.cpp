@@ -220,12 +220,16 @@ static void bind_frequency_encode(py::module_& m) {
 
 // ---- hash_encode --------------------------------------------------------------------------------
 static df::HashLevels hash_levels(const std::vector<int32_t>& resolutions,
-                                  const std::vector<int64_t>& offsets) {
+                                  const std::vector<int64_t>& offsets,
+                                  const std::vector<float>& scales) {
   if (resolutions.size() > df::HASH_MAX_LEVELS || offsets.size() != resolutions.size() + 1)
     throw py::value_error("expected 1 to 32 resolutions and one more offset");
+  if (!scales.empty() && scales.size() != resolutions.size())
+    throw py::value_error("expected no scale or one for each resolution");
   df::HashLevels levels{};
   std::copy(resolutions.begin(), resolutions.end(), levels.resolution);
   std::copy(offsets.begin(), offsets.end(), levels.offset);
+  std::copy(scales.begin(), scales.end(), levels.scale);
   return levels;
 }
 
@@ -233,39 +237,42 @@ static void bind_hash_encode(py::module_& m) {
   m.def("hash_encode_forward",
         [](int scalar, Address x, Address table, Address out, Address count, int64_t n,
            int n_levels, int n_features, bool smoothstep, const std::vector<int32_t>& resolutions,
-           const std::vector<int64_t>& offsets, Address stream) {
+           const std::vector<int64_t>& offsets, const std::vector<float>& scales, Address stream) {
           LAUNCH_OR_HALF(hash_encode_forward, HashEncodeArgs, x, table, {}, {}, out, {}, {}, count,
-                         n, n_levels, n_features, smoothstep, hash_levels(resolutions, offsets));
+                         n, n_levels, n_features, smoothstep, !scales.empty(),
+                         hash_levels(resolutions, offsets, scales));
         },
         GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("table"), py::arg("out"),
         py::arg("count"), py::arg("n"), py::arg("n_levels"), py::arg("n_features"),
-        py::arg("smoothstep"), py::arg("resolutions"), py::arg("offsets"), py::arg("stream"));
+        py::arg("smoothstep"), py::arg("resolutions"), py::arg("offsets"), py::arg("scales"),
+        py::arg("stream"));
   m.def("hash_encode_backward",
         [](int scalar, Address x, Address table, Address grad_out, Address grad_x,
            Address grad_table, Address count, int64_t n, int n_levels, int n_features,
            bool smoothstep, const std::vector<int32_t>& resolutions,
-           const std::vector<int64_t>& offsets, Address stream) {
+           const std::vector<int64_t>& offsets, const std::vector<float>& scales, Address stream) {
           LAUNCH_OR_HALF(hash_encode_backward, HashEncodeArgs, x, table, grad_out, {}, {}, grad_x,
-                         grad_table, count, n, n_levels, n_features, smoothstep,
-                         hash_levels(resolutions, offsets));
+                         grad_table, count, n, n_levels, n_features, smoothstep, !scales.empty(),
+                         hash_levels(resolutions, offsets, scales));
         },
         GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("table"), py::arg("grad_out"),
         py::arg("grad_x"), py::arg("grad_table"), py::arg("count"), py::arg("n"),
         py::arg("n_levels"), py::arg("n_features"), py::arg("smoothstep"),
-        py::arg("resolutions"), py::arg("offsets"), py::arg("stream"));
+        py::arg("resolutions"), py::arg("offsets"), py::arg("scales"), py::arg("stream"));
   m.def("hash_encode_second",
         [](int scalar, Address x, Address table, Address grad_out, Address tangent, Address out,
            Address grad_x, Address grad_table, Address count, int64_t n, int n_levels,
            int n_features, bool smoothstep, const std::vector<int32_t>& resolutions,
-           const std::vector<int64_t>& offsets, Address stream) {
+           const std::vector<int64_t>& offsets, const std::vector<float>& scales, Address stream) {
           LAUNCH_OR_HALF(hash_encode_second, HashEncodeArgs, x, table, grad_out, tangent, out,
-                         grad_x, grad_table, count, n, n_levels, n_features, smoothstep,
-                         hash_levels(resolutions, offsets));
+                         grad_x, grad_table, count, n, n_levels, n_features, smoothstep, !scales.empty(),
+                         hash_levels(resolutions, offsets, scales));
         },
         GilReleased(), py::arg("scalar"), py::arg("x"), py::arg("table"), py::arg("grad_out"),
         py::arg("tangent"), py::arg("out"), py::arg("grad_x"), py::arg("grad_table"),
         py::arg("count"), py::arg("n"), py::arg("n_levels"), py::arg("n_features"),
-        py::arg("smoothstep"), py::arg("resolutions"), py::arg("offsets"), py::arg("stream"));
+        py::arg("smoothstep"), py::arg("resolutions"), py::arg("offsets"), py::arg("scales"),
+        py::arg("stream"));
 }
 
 // ---- march --------------------------------------------------------------------------------------

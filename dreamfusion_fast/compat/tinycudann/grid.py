@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ...ops import hash_encode
+from ...ops._backend import has_half
 from .config import Settings
 from .part import InputPart
 from .pcg32 import Pcg32, uniform_of_threads
@@ -98,7 +100,11 @@ def interpolate(
 
 
 class Grid(InputPart):
-    """`otype` Grid, HashGrid, TiledGrid or DenseGrid."""
+    """`otype` Grid, HashGrid, TiledGrid or DenseGrid.
+
+    What `ops.hash_encode` can do runs there: 3 dimensions, Hash or Dense, Linear or Smoothstep, up
+    to 32 levels of up to 2^28 rows and 2^20 cells a side. The rest is plain torch.
+    """
 
     filler = 0.0
 
@@ -133,6 +139,23 @@ class Grid(InputPart):
             )
         super().__init__(n_input_dims, self.n_levels * self.features, self.rows * self.features)
         self.alignment = self.features
+        self.grid = self._grid_of_op()
+
+    def _grid_of_op(self) -> tuple | None:
+        """Arguments for `ops.hash_encode`, from n_levels to interpolation; None: not for it."""
+        log2_size = self.log2_size if self.kind == "Hash" else 28
+        fits = (
+            self.n_input_dims == 3
+            and self.kind != "Tiled"
+            and self.interpolation != "Nearest"
+            and self.n_levels <= 32
+            and 3 <= log2_size <= 28
+            and all(-1 < level.scale <= 2**20 for level in self.levels)
+            and all(level.rows <= 2**28 for level in self.levels)
+        )
+        first, last = self.levels[0], self.levels[-1]
+        grid = self.n_levels, first.resolution, last.resolution, log2_size
+        return (*grid, self.interpolation.lower()) if fits else None
 
     def _read_levels(self, settings: Settings) -> int:
         names = [name for name in ("n_features", "n_grid_features") if settings.has(name)]
@@ -153,6 +176,11 @@ class Grid(InputPart):
 
     def encode(self, x: torch.Tensor, params: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         table = params.view(self.rows, self.features)
+        if self.grid is not None:
+            half = dtype == torch.float16 and x.dtype == torch.float32 and has_half(x)
+            copy = table.detach().half() if half else None
+            scales = [level.scale for level in self.levels]
+            return hash_encode(x, table, *self.grid, table_half=copy, scales=scales).to(dtype)
         found = [interpolate(x, table, level, self.interpolation) for level in self.levels]
         return torch.cat(found, -1).to(dtype)
 
