@@ -44,16 +44,19 @@ template <> struct type_caster<Address> {
   }
 };
 
-template <> struct type_caster<df::HashLevels> {  // ops/hash_encode.py: hash_table_rows
-  PYBIND11_TYPE_CASTER(df::HashLevels, const_name("(resolutions, offsets)"));
+template <> struct type_caster<df::HashLevels> {  // ops/hash_encode.py: _levels
+  PYBIND11_TYPE_CASTER(df::HashLevels, const_name("(resolutions, offsets, scales)"));
   bool load(handle source, bool) {
-    const auto [resolutions, offsets] =
-        source.cast<std::pair<std::vector<int32_t>, std::vector<int64_t>>>();
+    const auto [resolutions, offsets, scales] =
+        source.cast<std::tuple<std::vector<int32_t>, std::vector<int64_t>, std::vector<float>>>();
     if (resolutions.size() > df::HASH_MAX_LEVELS || offsets.size() != resolutions.size() + 1)
       throw value_error("expected 1 to 32 resolutions and one more offset");
+    if (!scales.empty() && scales.size() != resolutions.size())
+      throw value_error("expected no scale or one for each resolution");
     value = {};
     std::copy(resolutions.begin(), resolutions.end(), value.resolution);
     std::copy(offsets.begin(), offsets.end(), value.offset);
+    std::copy(scales.begin(), scales.end(), value.scale);
     return true;
   }
 };
@@ -168,11 +171,11 @@ static void bind_kernels(py::module_& m) {
          grad_x, grad_variance, count, n, dims, n_frequencies);
 
   KERNEL_OR_HALF(hash_encode_forward, HashEncodeArgs, x, table, out, count, n, n_levels, n_features,
-                 smoothstep, levels);
+                 smoothstep, staggered, levels);
   KERNEL_OR_HALF(hash_encode_backward, HashEncodeArgs, x, table, grad_out, grad_x, grad_table,
-                 count, n, n_levels, n_features, smoothstep, levels);
+                 count, n, n_levels, n_features, smoothstep, staggered, levels);
   KERNEL_OR_HALF(hash_encode_second, HashEncodeArgs, x, table, grad_out, tangent, out, grad_x,
-                 grad_table, count, n, n_levels, n_features, smoothstep, levels);
+                 grad_table, count, n, n_levels, n_features, smoothstep, staggered, levels);
 
   KERNEL(march, MarchArgs, rays_o, rays_d, near, far, bitfield, seed, limit, positions, t, dt,
          packed, count, first, blocks, counter, n, capacity, first_ray, resolution, bound, step,

@@ -29,11 +29,13 @@ template <class V, class T> inline V load(const T* p) {
 template <class V, class T> inline void store(T* p, const V& v) { std::memcpy(p, &v, sizeof v); }
 template <class V, class T> inline V lerp(const V& a, const V& b, T w) { return a + w * (b - a); }
 
-// Calls f(F, dense) with integral constants.
-template <class F> void on_grid(int n_features, bool dense, const F& f) {
+// Calls f(F, rows) with integral constants.
+template <HashRows ROWS> using Rows = std::integral_constant<HashRows, ROWS>;
+template <class F> void on_grid(int n_features, const HashGrid& grid, const F& f) {
   const auto with = [&](auto features) {
-    if (dense) f(features, std::true_type());
-    else f(features, std::false_type());
+    if (!grid.dense) f(features, Rows<HashRows::hashed>());
+    else if (grid.staggered) f(features, Rows<HashRows::wrapped>());
+    else f(features, Rows<HashRows::dense>());
   };
   if (n_features == 1) with(std::integral_constant<int, 1>());
   else if (n_features == 2) with(std::integral_constant<int, 2>());
@@ -48,13 +50,14 @@ template <class T> struct Cells {
   T sx[BLOCK], sy[BLOCK], sz[BLOCK];         // their slopes
   T bx[BLOCK], by[BLOCK], bz[BLOCK];         // and the slopes'; only ALONG
 };
-template <bool ALONG, bool SMOOTH, class T>
+template <bool ALONG, bool SMOOTH, bool STAGGERED, class T>
 inline void find_cells_as(const T* x, int n, const HashGrid& grid, Cells<T>& c) {
-  const uint32_t resolution = grid.resolution, step_y = grid.step_y, step_z = grid.step_z;
+  const T scale = T(grid.scale);
+  const uint32_t step_y = grid.step_y, step_z = grid.step_z;
   for (int i = 0; i < n; ++i) {
-    const HashAxis<T> ax = hash_axis(x[3 * i], resolution, SMOOTH);
-    const HashAxis<T> ay = hash_axis(x[3 * i + 1], resolution, SMOOTH);
-    const HashAxis<T> az = hash_axis(x[3 * i + 2], resolution, SMOOTH);
+    const HashAxis<T> ax = hash_axis(x[3 * i], scale, STAGGERED, SMOOTH);
+    const HashAxis<T> ay = hash_axis(x[3 * i + 1], scale, STAGGERED, SMOOTH);
+    const HashAxis<T> az = hash_axis(x[3 * i + 2], scale, STAGGERED, SMOOTH);
     c.x[i] = ax.cell;
     c.y[i] = ay.cell * step_y;
     c.z[i] = az.cell * step_z;
@@ -66,22 +69,26 @@ inline void find_cells_as(const T* x, int n, const HashGrid& grid, Cells<T>& c) 
 template <bool ALONG, class T>
 __attribute__((noinline)) void find_cells(const HashEncodeArgs<T>& a, const HashGrid& grid,
                                           int64_t first, int n, Cells<T>& c) {
-  if (a.smoothstep) find_cells_as<ALONG, true>(a.x + 3 * first, n, grid, c);
-  else find_cells_as<ALONG, false>(a.x + 3 * first, n, grid, c);
+  const T* const x = a.x + 3 * first;
+  if (a.staggered && a.smoothstep) find_cells_as<ALONG, true, true>(x, n, grid, c);
+  else if (a.staggered) find_cells_as<ALONG, false, true>(x, n, grid, c);
+  else if (a.smoothstep) find_cells_as<ALONG, true, false>(x, n, grid, c);
+  else find_cells_as<ALONG, false, false>(x, n, grid, c);
 }
 
 // The rows of point i's eight corners; bit 0 of the corner is x.
-template <bool DENSE, class T>
+template <HashRows ROWS, class T>
 inline void corner_rows(const Cells<T>& c, int i, const HashGrid& grid, uint32_t* rows) {
   for (int k = 0; k < 8; ++k)
-    rows[k] = hash_row<DENSE>(c.x[i] + (k & 1), c.y[i] + (k & 2 ? grid.step_y : 0),
+    rows[k] = hash_row<ROWS>(c.x[i] + (k & 1), c.y[i] + (k & 2 ? grid.step_y : 0),
                               c.z[i] + (k & 4 ? grid.step_z : 0), grid.mask);
 }
 
 // The derivatives of point i's weights along its tangent.
 template <class T>
 inline vec3<T> weights_along(const HashEncodeArgs<T>& a, const Cells<T>& c, int i, int64_t point) {
-  const vec3<T> v = hash_tangent(load3(a.x + 3 * point), load3(a.tangent + 3 * point));
+  const vec3<T> v =
+      hash_tangent(load3(a.x + 3 * point), load3(a.tangent + 3 * point), a.staggered);
   return {c.sx[i] * v.x, c.sy[i] * v.y, c.sz[i] * v.z};
 }
 
@@ -97,14 +104,14 @@ inline void for_points(const HashEncodeArgs<T>& a, const HashGrid& grid, int64_t
   }
 }
 
-template <int F, bool DENSE, bool ALONG, class T>
+template <int F, HashRows ROWS, bool ALONG, class T>
 void encode(const HashEncodeArgs<T>& a, int level, int64_t begin, int64_t end) {
   using V = typename Features<T, F>::type;
-  const HashGrid grid = hash_grid(a.levels, level);
+  const HashGrid grid = hash_grid(a.levels, a.staggered, level);
   const T* table = a.table + F * grid.offset;
   for_points<ALONG>(a, grid, begin, end, [&](const Cells<T>& c, int i, int64_t point) {
     uint32_t rows[8];
-    corner_rows<DENSE>(c, i, grid, rows);
+    corner_rows<ROWS>(c, i, grid, rows);
     V v[4], dx[4];
     for (int k = 0; k < 4; ++k) {
       const V left = load<V>(table + int64_t(F) * rows[2 * k]);
@@ -124,13 +131,13 @@ void encode(const HashEncodeArgs<T>& a, int level, int64_t begin, int64_t end) {
   });
 }
 
-template <int F, bool DENSE, bool ALONG, class T>
+template <int F, HashRows ROWS, bool ALONG, class T>
 void encode_grad_x(const HashEncodeArgs<T>& a, int level, int64_t begin, int64_t end) {
-  const HashGrid grid = hash_grid(a.levels, level);
+  const HashGrid grid = hash_grid(a.levels, a.staggered, level);
   const T* table = a.table + F * grid.offset;
   for_points<ALONG>(a, grid, begin, end, [&](const Cells<T>& c, int i, int64_t point) {
     uint32_t rows[8];
-    corner_rows<DENSE>(c, i, grid, rows);
+    corner_rows<ROWS>(c, i, grid, rows);
     const T* g = a.grad_out + F * (a.n_levels * point + level);
     T s[8];
     for (int k = 0; k < 8; ++k) {
@@ -141,7 +148,8 @@ void encode_grad_x(const HashEncodeArgs<T>& a, int level, int64_t begin, int64_t
     const vec3<T> slope{c.sx[i], c.sy[i], c.sz[i]};
     T* const grad = a.grad_x + 3 * point;
     if constexpr (ALONG) {
-      const vec3<T> v = hash_tangent(load3(a.x + 3 * point), load3(a.tangent + 3 * point));
+      const vec3<T> v =
+          hash_tangent(load3(a.x + 3 * point), load3(a.tangent + 3 * point), a.staggered);
       const vec3<T> mixed = hash_weight_mixed(s, c.wx[i], c.wy[i], c.wz[i]);
       const vec3<T> bend{c.bx[i], c.by[i], c.bz[i]};
       store3(grad, load3(grad) + hash_hessian_times(v, slope, bend, d, mixed));
@@ -154,16 +162,16 @@ void encode_grad_x(const HashEncodeArgs<T>& a, int level, int64_t begin, int64_t
 }
 
 // Adds every point's share to the level's rows [low, high); RANGED: these are not all.
-template <int F, bool DENSE, bool RANGED, bool ALONG, class T>
+template <int F, HashRows ROWS, bool RANGED, bool ALONG, class T>
 void encode_grad_table(const HashEncodeArgs<T>& a, int level, int64_t points, int64_t low,
                        int64_t high) {
   using V = typename Features<T, F>::type;
-  const HashGrid grid = hash_grid(a.levels, level);
+  const HashGrid grid = hash_grid(a.levels, a.staggered, level);
   T* grad = a.grad_table + F * grid.offset;
   fill_zero(grad, F * low, F * high);
   for_points<ALONG>(a, grid, 0, points, [&](const Cells<T>& c, int i, int64_t point) {
     uint32_t rows[8];
-    corner_rows<DENSE>(c, i, grid, rows);
+    corner_rows<ROWS>(c, i, grid, rows);
     const V g = load<V>(a.grad_out + F * (a.n_levels * point + level));
     const V z1 = g * c.wz[i], z0 = g - z1;
     const V y1 = z0 * c.wy[i], y3 = z1 * c.wy[i], y0 = z0 - y1, y2 = z1 - y3;
@@ -197,15 +205,15 @@ template <bool ALONG, class T> void grad_table(const HashEncodeArgs<T>& a, int64
   const int ranges = threads() == 1 ? 1 : max(1, (3 * threads() + a.n_levels - 1) / a.n_levels);
   parallel_for(int64_t(a.n_levels) * ranges, 1, [&](int64_t task, int64_t) {
     const int level = a.n_levels - 1 - int(task / ranges);  // the slow ones first
-    const HashGrid grid = hash_grid(a.levels, level);
+    const HashGrid grid = hash_grid(a.levels, a.staggered, level);
     const int64_t k = task % ranges, low = grid.rows * k / ranges;
     const int64_t high = grid.rows * (k + 1) / ranges;
-    on_grid(a.n_features, grid.dense, [&](auto f, auto dense) {
+    on_grid(a.n_features, grid, [&](auto f, auto rows) {
       constexpr int F = decltype(f)::value;
-      constexpr bool D = decltype(dense)::value;
+      constexpr HashRows R = decltype(rows)::value;
       // Along a tangent g++ rounds differently in the two: always the same one then.
-      if (ranges == 1 && !ALONG) encode_grad_table<F, D, false, ALONG>(a, level, valid, low, high);
-      else encode_grad_table<F, D, true, ALONG>(a, level, valid, low, high);
+      if (ranges == 1 && !ALONG) encode_grad_table<F, R, false, ALONG>(a, level, valid, low, high);
+      else encode_grad_table<F, R, true, ALONG>(a, level, valid, low, high);
     });
   });
 }
@@ -216,8 +224,8 @@ template <bool ALONG, class T> void features(const HashEncodeArgs<T>& a, int64_t
     const int level = int(task / chunks);
     const int64_t begin = task % chunks * GRAIN, end = min(a.n, begin + GRAIN);
     const int64_t stop = clamp(valid, begin, end);
-    on_grid(a.n_features, hash_grid(a.levels, level).dense, [&](auto f, auto dense) {
-      encode<decltype(f)::value, decltype(dense)::value, ALONG>(a, level, begin, stop);
+    on_grid(a.n_features, hash_grid(a.levels, a.staggered, level), [&](auto f, auto rows) {
+      encode<decltype(f)::value, decltype(rows)::value, ALONG>(a, level, begin, stop);
     });
     if (level == 0) fill_zero(a.out, row * stop, row * end);
   });
@@ -228,10 +236,10 @@ template <bool ALONG, class T> void grad_x(const HashEncodeArgs<T>& a, int64_t v
     parallel_for(a.n, GRAIN, [&](int64_t begin, int64_t end) {
       const int64_t stop = clamp(valid, begin, end);
       if (level == 0) fill_zero(a.grad_x, 3 * begin, 3 * end);
-      on_grid(a.n_features, hash_grid(a.levels, level).dense, [&](auto f, auto dense) {
-        encode_grad_x<decltype(f)::value, decltype(dense)::value, ALONG>(a, level, begin, stop);
+      on_grid(a.n_features, hash_grid(a.levels, a.staggered, level), [&](auto f, auto rows) {
+        encode_grad_x<decltype(f)::value, decltype(rows)::value, ALONG>(a, level, begin, stop);
       });
-      if (level + 1 < a.n_levels) return;
+      if (a.staggered || level + 1 < a.n_levels) return;
       for (int64_t i = 3 * begin; i < 3 * stop; ++i)
         if (hash_clamped(a.x[i])) a.grad_x[i] = T(0);
     });

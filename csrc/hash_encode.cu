@@ -64,15 +64,19 @@ template <class W> struct Cell { HashAxis<W> x, y, z; };
 
 template <class W>
 __device__ inline Cell<W> find_cell(vec3<W> p, const HashGrid& grid, bool smoothstep) {
-  return {hash_axis(p.x, grid.resolution, smoothstep), hash_axis(p.y, grid.resolution, smoothstep),
-          hash_axis(p.z, grid.resolution, smoothstep)};
+  const W scale = W(grid.scale);
+  return {hash_axis(p.x, scale, grid.staggered, smoothstep),
+          hash_axis(p.y, scale, grid.staggered, smoothstep),
+          hash_axis(p.z, scale, grid.staggered, smoothstep)};
 }
 template <class W>
 __device__ inline uint32_t corner_row(const Cell<W>& c, const HashGrid& grid, int corner) {
   const uint32_t x = c.x.cell + (corner & 1);
   const uint32_t y = c.y.cell * grid.step_y + (corner & 2 ? grid.step_y : 0);
   const uint32_t z = c.z.cell * grid.step_z + (corner & 4 ? grid.step_z : 0);
-  return grid.dense ? hash_row<true>(x, y, z, grid.mask) : hash_row<false>(x, y, z, grid.mask);
+  if (!grid.dense) return hash_row<HashRows::hashed>(x, y, z, grid.mask);
+  if (grid.staggered) return hash_row<HashRows::wrapped>(x, y, z, grid.mask);
+  return hash_row<HashRows::dense>(x, y, z, grid.mask);
 }
 template <class W> __device__ inline W corner_weight(const Cell<W>& c, int corner) {
   const W x = corner & 1 ? c.x.weight : W(1) - c.x.weight;
@@ -83,8 +87,9 @@ template <class W> __device__ inline W corner_weight(const Cell<W>& c, int corne
 
 // Derivatives of the three weights along a tangent; and of a corner's weight.
 template <class W>
-__device__ inline vec3<W> weights_along(const Cell<W>& c, vec3<W> x, vec3<W> tangent) {
-  const vec3<W> v = hash_tangent(x, tangent);
+__device__ inline vec3<W> weights_along(const Cell<W>& c, vec3<W> x, vec3<W> tangent,
+                                       bool staggered) {
+  const vec3<W> v = hash_tangent(x, tangent, staggered);
   return {c.x.slope * v.x, c.y.slope * v.y, c.z.slope * v.z};
 }
 template <class W>
@@ -106,12 +111,12 @@ __global__ void __launch_bounds__(THREADS) hash_forward_kernel(HashEncodeArgs<T>
   if (point >= a.n || level >= a.n_levels) return;
   W sum[F] = {};
   if (point < valid_rows(a.count, a.n)) {
-    const HashGrid grid = hash_grid(a.levels, level);
+    const HashGrid grid = hash_grid(a.levels, a.staggered, level);
     const vec3<W> x = load3(a.x + 3 * point);
     const Cell<W> cell = find_cell(x, grid, a.smoothstep);
     const T* const table = a.table + F * grid.offset;
     vec3<W> d;
-    if constexpr (ALONG) d = weights_along(cell, x, load3(a.tangent + 3 * point));
+    if constexpr (ALONG) d = weights_along(cell, x, load3(a.tangent + 3 * point), a.staggered);
     W v[8][F];  // all are read before the first is used
 #pragma unroll
     for (int k = 0; k < 8; ++k)
@@ -135,11 +140,11 @@ __global__ void __launch_bounds__(THREADS) hash_grad_table_kernel(HashEncodeArgs
   const int64_t point = group_point<GROUP<F, T>>();
   const int level = group_level<GROUP<F, T>>();
   if (point >= valid_rows(a.count, a.n) || level >= a.n_levels) return;
-  const HashGrid grid = hash_grid(a.levels, level);
+  const HashGrid grid = hash_grid(a.levels, a.staggered, level);
   const vec3<W> x = load3(a.x + 3 * point);
   const Cell<W> cell = find_cell(x, grid, a.smoothstep);
   vec3<W> d;
-  if constexpr (ALONG) d = weights_along(cell, x, load3(a.tangent + 3 * point));
+  if constexpr (ALONG) d = weights_along(cell, x, load3(a.tangent + 3 * point), a.staggered);
   W* const grad = a.grad_table + F * grid.offset;
   W g[F];
   load_features<F>(a.grad_out + F * (a.n_levels * point + level), g);
@@ -160,7 +165,7 @@ template <int F, bool ALONG, class T>
 __device__ inline vec3<Wide<T>> level_gradient(const HashEncodeArgs<T>& a, vec3<Wide<T>> p,
                                                int64_t point, int level) {
   using W = Wide<T>;
-  const HashGrid grid = hash_grid(a.levels, level);
+  const HashGrid grid = hash_grid(a.levels, a.staggered, level);
   const Cell<W> cell = find_cell(p, grid, a.smoothstep);
   const T* const table = a.table + F * grid.offset;
   W g[F], s[8];
@@ -177,7 +182,8 @@ __device__ inline vec3<Wide<T>> level_gradient(const HashEncodeArgs<T>& a, vec3<
   const vec3<W> slope{cell.x.slope, cell.y.slope, cell.z.slope};
   if constexpr (!ALONG) return {slope.x * d.x, slope.y * d.y, slope.z * d.z};
   const vec3<W> bend{cell.x.bend, cell.y.bend, cell.z.bend};
-  return hash_hessian_times(hash_tangent(p, load3(a.tangent + 3 * point)), slope, bend, d,
+  const vec3<W> v = hash_tangent(p, load3(a.tangent + 3 * point), a.staggered);
+  return hash_hessian_times(v, slope, bend, d,
                             hash_weight_mixed(s, cell.x.weight, cell.y.weight, cell.z.weight));
 }
 
@@ -200,7 +206,7 @@ __global__ void __launch_bounds__(SLICES * WARP, 1) hash_grad_x_kernel(HashEncod
   W sum = W(0);
 #pragma unroll
   for (int slice = 0; slice < SLICES; ++slice) sum += parts[3 * WARP * slice + i];
-  a.grad_x[3 * first + i] = hash_clamped(a.x[3 * first + i]) ? W(0) : sum;
+  a.grad_x[3 * first + i] = !a.staggered && hash_clamped(a.x[3 * first + i]) ? W(0) : sum;
 }
 
 // Calls f(std::integral_constant<int, n_features>).

@@ -8,6 +8,11 @@
 // and (i xor 2654435761 j xor 805459861 k) mod 2^log2_table_size, 32 bits wide, where not.
 // NaN: its cell is N - 1, its fraction is NaN.
 //
+// Staggered levels are tiny-cuda-nn's: a scale s_l, N_l = ceil(s_l) + 1 vertices a side, and a
+// point, not clamped, lies at pos = s_l p + 1/2, in the cell floor(pos), of any sign. Corner
+// (i, j, k) is row i + N (j + N k), in 32 bits and modulo the level's rows, where N^3 of them fit,
+// hashed as above where not. NaN: its cell is -2^30.
+//
 // Second: the derivative along a tangent v of the points, d/de at x + e v, of what the others give:
 // of the features (out, or null: not wanted), of grad_x (its Hessian times v) and of grad_table.
 // These are also the gradients of <v, grad_x> by grad_out, x and table: what backward's own
@@ -21,12 +26,13 @@ namespace df {
 constexpr int HASH_MAX_LEVELS = 32;
 
 struct HashLevels {                      // ops/hash_encode.py: hash_table_rows
-  int32_t resolution[HASH_MAX_LEVELS];   // N_l, 1..2^20
+  int32_t resolution[HASH_MAX_LEVELS];   // N_l, 1..2^20; staggered: to 2^20 + 1
   int64_t offset[HASH_MAX_LEVELS + 1];   // first row of each level; the last: number of rows
+  float scale[HASH_MAX_LEVELS];          // s_l, above -1 and up to 2^20; staggered only
 };
 
 template <class T> struct HashEncodeArgs {
-  const Wide<T>* x;        // (n, 3) points, clamped to [0, 1]
+  const Wide<T>* x;        // (n, 3) points; clamped to [0, 1] unless staggered
   const T* table;          // (rows, n_features)
   const T* grad_out;       // (n, n_levels * n_features) gradient of out; not in forward
   const Wide<T>* tangent;  // (n, 3) gradient of backward's grad_x; second only
@@ -38,6 +44,7 @@ template <class T> struct HashEncodeArgs {
   int n_levels;            // 1..32
   int n_features;          // 1, 2, 4 or 8
   bool smoothstep;         // else linear
+  bool staggered;          // levels are tiny-cuda-nn's
   HashLevels levels;
 };
 
@@ -47,36 +54,53 @@ inline namespace DF_ISA {
 // and k * step_z; a neighbour's key is one step further.
 struct HashGrid {
   int64_t offset, rows;
-  uint32_t resolution, step_y, step_z, mask;
-  bool dense;
+  float scale;
+  uint32_t step_y, step_z, mask;
+  bool dense, staggered;
 };
-DF_HD HashGrid hash_grid(const HashLevels& levels, int l) {
-  const uint32_t resolution = uint32_t(levels.resolution[l]), side = resolution + 1;
+DF_HD HashGrid hash_grid(const HashLevels& levels, bool staggered, int l) {
+  const uint32_t resolution = uint32_t(levels.resolution[l]);
+  const uint32_t side = staggered ? resolution : resolution + 1;
   const int64_t offset = levels.offset[l], rows = levels.offset[l + 1] - offset;
   const bool dense = int64_t(side) * side * side <= rows;
-  return {offset, rows, resolution, dense ? side : 2654435761u, dense ? side * side : 805459861u,
-          uint32_t(rows - 1), dense};
+  const float scale = staggered ? levels.scale[l] : float(levels.resolution[l]);
+  return {offset, rows, scale, dense ? side : 2654435761u, dense ? side * side : 805459861u,
+          uint32_t(rows - 1), dense, staggered};
 }
-template <bool DENSE> DF_HD uint32_t hash_row(uint32_t x, uint32_t y, uint32_t z, uint32_t mask) {
-  return DENSE ? x + y + z : (x ^ y ^ z) & mask;
+enum class HashRows { hashed, dense, wrapped };  // wrapped: dense and staggered
+template <HashRows ROWS>
+DF_HD uint32_t hash_row(uint32_t x, uint32_t y, uint32_t z, uint32_t mask) {
+  if (ROWS == HashRows::hashed) return (x ^ y ^ z) & mask;
+  const uint32_t row = x + y + z;
+  return ROWS == HashRows::wrapped && row > mask ? row % (mask + 1) : row;
 }
 
 // One coordinate's cell, weight of the upper corner, and that weight's derivatives by x, which
-// count only inside the cube: grad_x is zeroed at the end where hash_clamped(x).
+// count, unless staggered, only inside the cube: grad_x is zeroed at the end where hash_clamped(x).
 template <class T> DF_HD bool hash_clamped(T x) { return !(x >= T(0) && x <= T(1)); }  // or NaN
 template <class T> struct HashAxis { uint32_t cell; T weight, slope, bend; };
-template <class T> DF_HD HashAxis<T> hash_axis(T x, uint32_t resolution, bool smoothstep) {
-  const T scale = T(int32_t(resolution)), clamped = clamp(x, T(0), T(1));
+template <class T> DF_HD HashAxis<T> hash_axis(T x, T scale, bool staggered, bool smoothstep) {
+  const T p = staggered ? x : clamp(x, T(0), T(1)), shift = staggered ? T(0.5) : T(0);
   // Rounded before it is used: a fused multiply-add would move the fraction out of the cell.
 #if defined(__CUDA_ARCH__)
   T pos;
-  if constexpr (sizeof(T) == 4) pos = __fmul_rn(clamped, scale);
-  else pos = __dmul_rn(clamped, scale);
+  if constexpr (sizeof(T) == 4) pos = __fmaf_rn(p, scale, shift);
+  else pos = __fma_rn(p, scale, shift);
 #else
-  const T pos = clamped * scale;  // used twice: g++ and clang do not fuse it
+  const T pos = staggered ? p * scale + shift : p * scale;  // used twice: g++, clang do not fuse it
 #endif
-  const int32_t cell = int32_t(pos < scale ? pos : scale - T(1));  // NaN: the last
-  const T f = pos - T(cell);
+  int32_t cell;
+  T f;
+  if (staggered) {
+    constexpr T LIMIT = T(1 << 30);
+    const T held = pos > -LIMIT ? (pos < LIMIT ? pos : LIMIT) : -LIMIT;
+    cell = int32_t(held);
+    cell -= held < T(cell);
+    f = held - T(cell) + (pos - pos);  // infinite or NaN: NaN
+  } else {
+    cell = int32_t(pos < scale ? pos : scale - T(1));  // NaN: the last
+    f = pos - T(cell);
+  }
   if (!smoothstep) return {uint32_t(cell), f, scale, T(0)};
   return {uint32_t(cell), f * f * (T(3) - T(2) * f), scale * T(6) * f * (T(1) - f),
           scale * scale * (T(6) - T(12) * f)};
@@ -112,7 +136,8 @@ DF_HD vec3<T> hash_hessian_times(vec3<T> v, vec3<T> slope, vec3<T> bend, vec3<T>
 }
 
 // The tangent where it counts.
-template <class T> DF_HD vec3<T> hash_tangent(vec3<T> x, vec3<T> v) {
+template <class T> DF_HD vec3<T> hash_tangent(vec3<T> x, vec3<T> v, bool staggered) {
+  if (staggered) return v;
   return {hash_clamped(x.x) ? T(0) : v.x, hash_clamped(x.y) ? T(0) : v.y,
           hash_clamped(x.z) ? T(0) : v.z};
 }

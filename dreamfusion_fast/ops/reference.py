@@ -208,25 +208,30 @@ def frequency_encode_gradient(grad_out, x, n_frequencies, variance=None, count=N
 # ---- hash_encode --------------------------------------------------------------------------------
 def hash_encode(
     x, table, n_levels, base_resolution, finest_resolution, log2_table_size,
-    interpolation="linear", count=None,
+    interpolation="linear", count=None, *, scales=None,
 ):  # fmt: skip
     """Level by level: the cell, its eight corners' rows, and their weighted sum."""
-    layout = hash_table_rows(n_levels, base_resolution, finest_resolution, log2_table_size)
-    x = mask_rows(x, count).clamp(0, 1)
+    layout = hash_table_rows(n_levels, base_resolution, finest_resolution, log2_table_size, scales)
+    x = mask_rows(x, count)
     out = []
-    for resolution, start, end in zip(layout[0], layout[1], layout[1][1:]):
-        pos = x * resolution
-        cell = pos.detach().nan_to_num(resolution).floor().clamp(max=resolution - 1)
+    for level, (resolution, start, end) in enumerate(zip(layout[0], layout[1], layout[1][1:])):
+        if scales is None:
+            pos, side = x.clamp(0, 1) * resolution, resolution + 1
+            cell = pos.detach().nan_to_num(resolution).floor().clamp(max=resolution - 1)
+        else:
+            pos, side = x * float(torch.tensor(scales[level])) + 0.5, resolution
+            cell = pos.detach().floor()
         w = pos - cell
         if interpolation == "smoothstep":
             w = w * w * (3 - 2 * w)
-        side, dense = resolution + 1, (resolution + 1) ** 3 <= end - start
+        dense = side**3 <= end - start
         steps = (1, side, side**2) if dense else (1, 2654435761, 805459861)
-        keys = [(k * s, (k + 1) * s) for k, s in zip(cell.long().unbind(-1), steps)]
+        cell = cell.nan_to_num(-(2.0**30)).clamp(-(2.0**30), 2.0**30).long()
+        keys = [(k * s, (k + 1) * s) for k, s in zip(cell.unbind(-1), steps)]
         features = 0
         for i, j, k in itertools.product((0, 1), repeat=3):
             u, v, t = keys[0][i], keys[1][j], keys[2][k]
-            row = u + v + t if dense else (u ^ v ^ t) % (end - start)
+            row = (u + v + t if dense else u ^ v ^ t) % 2**32 % (end - start)
             parts = [w[:, d] if c else 1 - w[:, d] for d, c in enumerate((i, j, k))]
             features = features + (parts[0] * parts[1] * parts[2])[:, None] * table[start + row]
         out.append(features)
