@@ -89,10 +89,13 @@ def autograd_kernel(op: torch._ops.OpOverload, kernel, derivative: Derivative):
     # already, and asks for one level at a time.
     apply = super(torch.autograd.Function, function).apply
 
+    defaults = tuple(argument.default_value for argument in op._schema.arguments)
+
     def call(keyset, *args):
         reverse = torch.is_grad_enabled() and _any_requires_grad(*args)
         if not reverse and forward_ad._current_level < 0:
             return run(keyset, args)
+        args += defaults[len(args) :]  # which the dispatcher leaves out
         if not _are_functorch_transforms_active():
             return apply(*args, keyset)
         with enable_single_level_autograd_function():
