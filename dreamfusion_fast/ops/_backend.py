@@ -69,6 +69,8 @@ def autocast(half: str | None = None):
                 kwargs = {k: _cast(v, wanted.get(k)) for k, v in kwargs.items()}
             return function(*args, **kwargs)
 
+        # A code object of its own: torch.compile counts a function's recompilations by it.
+        op.__code__ = op.__code__.replace(co_name=function.__name__)
         return op
 
     return decorate
