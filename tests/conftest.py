@@ -80,12 +80,29 @@ else:
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=None, help="repeat a run's random inputs")
+    parser.addoption(
+        "--every-order", action="store_true", help="emulated: each test in every order of threads"
+    )
 
 
 def pytest_configure(config):
     config.run_seed = config.getoption("--seed")
     if config.run_seed is None:
         config.run_seed = random.SystemRandom().randrange(2**31)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Emulated, each case runs in one order of threads, which the run's seed chooses."""
+    if not _emulated or config.getoption("--every-order"):
+        return
+    chosen, left = [], []
+    for item in items:
+        order = next((o for o in ORDERS if f"emulated-{o}" in item.name), None)
+        case = item.nodeid.replace(f"emulated-{order}", "")
+        drawn = random.Random(f"{config.run_seed} {case}").choice(ORDERS)
+        (chosen if order in (None, drawn) else left).append(item)
+    items[:] = chosen
+    config.hook.pytest_deselected(items=left)
 
 
 def pytest_report_header(config):
