@@ -109,6 +109,11 @@ template <class T> void hash_encode(int features) {
   RUN(hash_encode_backward, a);
   a.tangent = numbers<Wide<T>>(3 * 40);
   RUN(hash_encode_second, a);
+  a.staggered = true, a.levels.scale[0] = 0.5, a.levels.scale[1] = 7;
+  a.levels.resolution[0] = 2;  // and 8
+  RUN(hash_encode_forward, a);
+  RUN(hash_encode_backward, a);
+  RUN(hash_encode_second, a);
 }
 
 template <class T> void marching(int capacity) {
