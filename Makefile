@@ -8,12 +8,15 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 CMAKE := $(BIN)/cmake
 CMAKE_OPTIONS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
   -DPython_EXECUTABLE=$(abspath $(BIN))/python
+CPP_OPTIONS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DDF_PYTHON=OFF \
+  -DCMAKE_INSTALL_PREFIX=$(abspath build/cpp/install)
 STEMS := $(patsubst csrc/%.cu,%,$(wildcard csrc/*.cu))
 EMULATED_TESTS := tests/test_emulation.py tests/test_field.py tests/test_field_paper.py \
+  tests/test_render_op.py tests/test_autocast.py \
   $(foreach stem,$(STEMS),$(wildcard tests/test_$(stem).py tests/test_$(stem)_*.py))
 
-.PHONY: demo test check kernels emulated mutation triton resources instructions gpu-check \
-  bench-compare clean
+.PHONY: demo test check kernels emulated mutation triton resources cpp instructions gpu-check \
+  bench bench-compare clean
 
 demo: $(VENV)/.installed  ## text to 3D with the embedded prior: make demo PROMPT="a blue duck"
 	$(BIN)/dreamfusion-fast doctor
@@ -24,7 +27,7 @@ test: check  ## lint, every test, every check of the CUDA kernels that needs no 
 	$(BIN)/python -m pytest
 	$(MAKE) --no-print-directory kernels
 
-kernels: emulated mutation triton resources instructions
+kernels: emulated mutation triton resources cpp instructions
 
 check: $(VENV)/.installed  ## lint only
 	$(BIN)/ruff check .
@@ -52,15 +55,25 @@ resources:
 	@echo "The CUDA module was neither built nor inspected: no nvcc (PATH, /usr/local/cuda)."
 endif
 
+cpp: $(VENV)/.tools  ## the C++ library: built without Python, installed, used by programs
+	$(CMAKE) -B build/cpp $(CPP_OPTIONS)
+	$(CMAKE) --build build/cpp --target install
+	PATH=$(abspath $(BIN)):$$PATH CMAKE_PREFIX_PATH=$(abspath build/cpp/install) \
+	  $(BIN)/python -m pytest -q tests/test_cpp.py
+
 ifneq ($(shell command -v valgrind),)
 instructions: $(VENV)/.tools  ## instructions of three CPU kernel calls, held to committed counts
-	$(CMAKE) -B build/instructions $(CMAKE_OPTIONS) -DDF_CUDA=OFF
-	$(CMAKE) --build build/instructions --target instructions
-	$(BIN)/python tests/instructions.py build/instructions/instructions
+	$(CMAKE) -B build/cpp $(CPP_OPTIONS)
+	$(CMAKE) --build build/cpp --target instructions
+	$(BIN)/python tests/instructions.py build/cpp/instructions
 else
 instructions:
 	@echo "Instructions were not counted: no valgrind (apt-get install valgrind)."
 endif
+
+bench: $(VENV)/.bench  ## ours against its peers: a quarter of an hour; ARGS='-k "paper and mlp"'
+	$(BIN)/python -m pytest bench/bench_ops.py -q -p no:cacheprovider \
+	  --benchmark-columns=median,iqr,min,rounds $(ARGS)
 
 bench-compare: $(VENV)/.installed  ## is NEW slower? make bench-compare BASE=old.json [NEW=new.json]
 	$(BIN)/python bench/compare.py $(BASE) $(NEW)
@@ -77,6 +90,12 @@ $(VENV)/.installed: $(SOURCES)
 
 $(VENV)/.tools: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet cmake ninja pybind11
+	touch $@
+
+# The peers are optional: one that has no build here is listed as absent.
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet 'dreamfusion-fast[bench]' || \
+	  for peer in drjit jax taichi warp-lang; do $(BIN)/python -m pip install --quiet $$peer || true; done
 	touch $@
 
 clean:

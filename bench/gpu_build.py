@@ -98,9 +98,11 @@ def _cpu_commands(root: Path, objects: Path, headers: list[str]) -> dict:
             commands[f"{isa}.{stem}"] = ["g++", *CXX, *march, "-fopenmp", f"-DDF_ISA={isa}", "-c",
                                          f"csrc/{stem}.cpp"]  # fmt: skip
         if isa == "base":
-            commands["base.bindings"] = ["g++", *CXX, "-fopenmp", *headers, "-DDF_MODULE=_cpu",
-                                         "-DDF_ISA=base", "-DDF_HAS_V3", "-c",
+            commands["base.bindings"] = ["g++", *CXX, *headers, "-DDF_MODULE=_cpu", "-c",
                                          "csrc/bindings.cpp"]  # fmt: skip
+            defines = ["-DDF_HAS_BASE", "-DDF_HAS_V3", '-DDF_VERSION="bench"']
+            commands["base.dispatch"] = ["g++", *CXX, "-fopenmp", *defines, "-c",
+                                         "csrc/dispatch.cpp"]  # fmt: skip
     return {name: [*c, "-o", objects / f"{name}.o"] for name, c in commands.items()}
 
 

@@ -159,6 +159,15 @@ def line(row: dict, found: dict) -> list:
             number(row["error"], 2), row["repeats"], "; ".join(remarks(row))]  # fmt: skip
 
 
+def memory(record: dict) -> str:
+    """Peak memory of render and of the single ops, where it was measured."""
+    rows = [[r["contender"], f"{r['pixels']}²", number(r.get("samples")), number(r.get("peak_mb")),
+             r.get("problem", "")] for r in record.get("memory", ())]  # fmt: skip
+    head = ["contender", "pixels", "samples", "peak, MB", "remarks"]
+    title = "<h2>Memory of a rendering, forward and backward</h2>\n"
+    return title + table(head, rows) if rows else ""
+
+
 def every_row(rows: list[dict]) -> str:
     """A table for each op."""
     found, parts = speedups(rows), []
@@ -199,6 +208,7 @@ what both spreads allow.</p>
 {doubts(record)}
 <h2>Pictures</h2>
 {images}
+{memory(record)}
 <h2>Machine</h2>
 {machine(record)}
 <h2>Every row</h2>

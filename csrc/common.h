@@ -1,9 +1,10 @@
 // Shared by every kernel: the host/device macro, small vectors, a hash generator, parallel loops.
 //
 // Two places for code. Args structs are plain data and live in `df`. Functions live in
-// `df::DF_ISA`, because each csrc/<stem>.cpp is compiled once per instruction set (DF_ISA = base,
-// v3; under nvcc: cuda) and the linker must never merge one set's function into another's.
+// `df::DF_ISA`, because each csrc/<stem>.cpp is compiled once per instruction set (isa.h has the
+// list; under nvcc: cuda) and the linker must never merge one set's function into another's.
 // For the same reason kernels use no standard containers and allocate nothing shared.
+// Who only calls the launchers leaves DF_ISA undefined: kernels.h.
 #pragma once
 
 #include <cmath>
@@ -16,7 +17,8 @@
 #endif
 
 #ifndef DF_ISA
-#error "DF_ISA names the instruction set this file is compiled for: base, v3 or cuda"
+#define DF_ISA host
+#define DF_IS_HOST
 #endif
 
 #if defined(DF_EMULATED)
@@ -32,14 +34,15 @@ typedef __half half;
 #define DF_HD inline
 #endif
 
-// Declares launcher `void name(const Args<T>&, Stream)` in every instruction set's namespace.
-// The definition stands in csrc/<stem>.cpp (or .cu), in df::DF_ISA; DF_INSTANTIATE follows it.
-#define DF_DECLARE(name, Args)                                                   \
-  namespace df {                                                                 \
-  namespace base { template <class T> void name(const Args<T>&, Stream); }       \
-  namespace v3 { template <class T> void name(const Args<T>&, Stream); }         \
-  namespace cuda { template <class T> void name(const Args<T>&, Stream); }       \
-  }
+// Declares launcher `void name(const Args<T>&, Stream)`, whose definition stands in csrc/<stem>.cpp
+// (or .cu), in df::DF_ISA; DF_INSTANTIATE follows it. For the host it is in df: dispatch.cpp.
+#if defined(DF_IS_HOST)
+#define DF_DECLARE(name, Args) \
+  namespace df { template <class T> void name(const Args<T>&, Stream = nullptr); }
+#else
+#define DF_DECLARE(name, Args) \
+  namespace df { inline namespace DF_ISA { template <class T> void name(const Args<T>&, Stream); } }
+#endif
 #define DF_INSTANTIATE(name, Args)                        \
   template void name<float>(const Args<float>&, Stream);  \
   template void name<double>(const Args<double>&, Stream);
@@ -57,7 +60,7 @@ template <class T> using Wide = typename WideOf<T>::type;
 using Stream = void*;  // a cudaStream_t; the CPU launchers ignore it
 
 // Threads of the CPU loops; 0: as many as OpenMP gives (torch.set_num_threads sets that too).
-inline int num_threads = 0;
+extern int num_threads;  // dispatch.cpp: set_num_threads
 
 inline namespace DF_ISA {
 

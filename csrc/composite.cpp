@@ -7,9 +7,10 @@ namespace df {
 namespace DF_ISA {
 namespace {
 
-constexpr int64_t GRAIN = 128;        // rays a chunk
-constexpr int64_t FILL_GRAIN = 8192;  // rows a chunk
-constexpr int BLOCK = 64;             // samples at a time
+// A chunk takes some 20 microseconds or more: for less, no second thread is woken.
+constexpr int64_t GRAIN = 256;         // rays a chunk
+constexpr int64_t FILL_GRAIN = 32768;  // rows a chunk
+constexpr int BLOCK = 64;              // samples at a time
 
 // Calls f(std::integral_constant<int, channels>) so that the number is a constant inside.
 template <int CHANNELS = 8, class F> void on_channels(int channels, const F& f) {
@@ -150,24 +151,6 @@ template <class T> int64_t start_backward(const CompositeArgs<T>& a, Span span) 
   return stop;
 }
 
-template <int C, class T> void composite_ray_backward(const CompositeArgs<T>& a, int64_t ray) {
-  const Span span = ray_span(a.packed, ray, a.n_samples);
-  const int64_t stop = start_backward(a, span);
-  T grad_colour[C] = {};
-  if (a.grad_colour) std::memcpy(grad_colour, a.grad_colour + C * ray, sizeof grad_colour);
-  const T grad_opacity = a.grad_opacity ? a.grad_opacity[ray] : T(0);
-  const T grad_depth = a.grad_depth ? a.grad_depth[ray] : T(0);
-  T behind = 0;
-  for (int64_t i = stop - 1; i >= span.begin; --i) {
-    const T w = a.weights[i];
-    T q = grad_opacity + grad_depth * a.t[i];
-    if (a.grad_weights) q += a.grad_weights[i];
-    for (int c = 0; c < C; ++c) q += grad_colour[c] * a.rgb[C * i + c];
-    sample_backward(a, i, w, q, grad_depth, behind);
-    for (int c = 0; c < C; ++c) a.grad_rgb[C * i + c] = w * grad_colour[c];
-  }
-}
-
 // The gradients of n samples' albedo and gradient; q: what reaches their weights through these.
 template <class T>
 void shade_block_backward(const CompositeArgs<T>& a, const LitRay<T>& lit,
@@ -187,18 +170,35 @@ void shade_block_backward(const CompositeArgs<T>& a, const LitRay<T>& lit,
   albedo.store(a.grad_rgb + 3 * first, n);
 }
 
-template <class T> void composite_ray_lit_backward(const CompositeArgs<T>& a, int64_t ray) {
+// The same of n samples' colours, unlit.
+template <int C, class T>
+void colour_block_backward(const CompositeArgs<T>& a, const T* grad_colour, int64_t first, int n,
+                           T* __restrict q) {
+  const T *const w = a.weights + first, *const rgb = a.rgb + C * first;
+  T* const __restrict grad_rgb = a.grad_rgb + C * first;
+  for (int i = 0; i < n; ++i) {
+    q[i] = 0;
+    for (int c = 0; c < C; ++c) q[i] += grad_colour[c] * rgb[C * i + c];
+    for (int c = 0; c < C; ++c) grad_rgb[C * i + c] = w[i] * grad_colour[c];
+  }
+}
+
+template <int C, bool LIT, class T>
+void composite_ray_backward(const CompositeArgs<T>& a, int64_t ray) {
   const Span span = ray_span(a.packed, ray, a.n_samples);
   const int64_t stop = start_backward(a, span);
-  const LitRay<T> lit = lit_ray(a.lit, ray);
-  const LitRayGrad<T> grad = lit_ray_grad(a.lit, a.grad_colour, ray);
+  T grad_colour[C] = {};
+  if (a.grad_colour) std::memcpy(grad_colour, a.grad_colour + C * ray, sizeof grad_colour);
   const T grad_opacity = a.grad_opacity ? a.grad_opacity[ray] : T(0);
   const T grad_depth = a.grad_depth ? a.grad_depth[ray] : T(0);
   T q[BLOCK], behind = 0;
   for (int64_t end = stop; end > span.begin;) {
     const int n = int(min<int64_t>(BLOCK, end - span.begin));
     const int64_t first = end - n;
-    shade_block_backward(a, lit, grad, first, n, q);
+    if constexpr (LIT)
+      shade_block_backward(a, lit_ray(a.lit, ray), lit_ray_grad(a.lit, a.grad_colour, ray), first,
+                           n, q);
+    else colour_block_backward<C>(a, grad_colour, first, n, q);
     for (int64_t i = end - 1; i >= first; --i) {
       T sum = grad_opacity + grad_depth * a.t[i] + q[i - first];
       if (a.grad_weights) sum += a.grad_weights[i];
@@ -241,7 +241,7 @@ template <class T> void composite_backward(const CompositeArgs<T>& a, Stream) {
   zero_other_grads(a);
   on_channels(a.channels, [&](auto channels) {
     constexpr int C = decltype(channels)::value;
-    for_rays(a, [&](int64_t ray) { composite_ray_backward<C>(a, ray); });
+    for_rays(a, [&](int64_t ray) { composite_ray_backward<C, false>(a, ray); });
   });
 }
 
@@ -252,7 +252,7 @@ template <class T> void composite_lit_forward(const CompositeArgs<T>& a, Stream)
 
 template <class T> void composite_lit_backward(const CompositeArgs<T>& a, Stream) {
   zero_other_grads(a);
-  for_rays(a, [&](int64_t ray) { composite_ray_lit_backward(a, ray); });
+  for_rays(a, [&](int64_t ray) { composite_ray_backward<3, true>(a, ray); });
 }
 
 DF_INSTANTIATE(composite_forward, CompositeArgs)

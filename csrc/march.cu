@@ -52,10 +52,13 @@ template <class T> __global__ void __launch_bounds__(THREADS) march_kernel(March
   if (inside) {
     r = load_ray(a, ray);
     bin_range(r, grid, begin, end);  // empty for a ray that is not finite or has too many bins
+    const int limit = sample_limit(a, ray);
+    if (limit <= 0) end = begin;
     int first = end;
-    for_samples(r, grid, a.jitter, seed, uint32_t(ray), begin, end, [&](int i, const Sample<T>&) {
+    for_samples(r, grid, a.jitter, seed, ray_number(a, ray), begin, end,
+                [&](int i, const Sample<T>&) {
       if (n++ == 0) first = i;
-      return true;
+      return n < limit;
     });
     begin = first;
   }
@@ -66,7 +69,8 @@ template <class T> __global__ void __launch_bounds__(THREADS) march_kernel(March
   if (!fits && row < a.capacity) a.counter[1] = row;
   reinterpret_cast<int2*>(a.packed)[ray] = make_int2(int(min(row, a.capacity)), fits ? n : 0);
   if (!fits || n == 0) return;
-  for_samples(r, grid, a.jitter, seed, uint32_t(ray), begin, end, [&](int, const Sample<T>& s) {
+  for_samples(r, grid, a.jitter, seed, ray_number(a, ray), begin, end,
+              [&](int, const Sample<T>& s) {
     store3(a.positions + 3 * row, s.position);
     a.t[row] = s.t;
     a.dt[row] = s.dt;

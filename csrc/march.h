@@ -24,6 +24,7 @@ template <class T> struct MarchArgs {
   const T* far;             // (n,) where it ends; far <= near: no samples
   const uint8_t* bitfield;  // (resolution^3 / 8,) occupancy, cell c is bit c % 8 of byte c / 8
   const int64_t* seed;      // (1,) of the jitter
+  const int32_t* limit;     // (n,) samples a ray may have, from its nearest on, or null: any number
   T* positions;             // (capacity, 3)
   T* t;                     // (capacity,) distances
   T* dt;                    // (capacity,) widths of the bins
@@ -33,6 +34,7 @@ template <class T> struct MarchArgs {
   uint8_t* blocks;          // (ceil(resolution / 8)^3,) scratch: 0 where all cells are empty
   int64_t* counter;         // (2,) scratch on CUDA: rows asked for; end of the rows in use at most
   int64_t n, capacity;
+  int64_t first_ray;        // number of the first ray, for the jitter
   int resolution;
   double bound, step;
   bool jitter;
@@ -160,6 +162,15 @@ DF_HD void bin_range(const Ray<T>& r, const OccupancyGrid<T>& g, int& begin, int
   if (!(bins <= MAX_BINS) || !(from < bins) || !(to > 0)) return;  // also where NaN
   begin = from > 0 ? int(from) : 0;
   end = int(min(to, bins));
+}
+
+// Samples that ray i may have.
+template <class T> DF_HD int sample_limit(const MarchArgs<T>& a, int64_t i) {
+  return a.limit ? a.limit[i] : std::numeric_limits<int>::max();
+}
+// The number of ray i by which it is jittered.
+template <class T> DF_HD uint32_t ray_number(const MarchArgs<T>& a, int64_t i) {
+  return uint32_t(a.first_ray + i);
 }
 
 // Calls f(i, sample) for each sample of ray number `ray`, from bin `begin`, until f returns false.

@@ -1,74 +1,22 @@
 // Multilayer perceptron on the CPU. Rows are taken in blocks whose values lie feature by feature
 // (feature c of row r at values[c * ROWS + r]), small enough for the caches; a register tile of
 // 4 features x 2 vectors of rows does nearly all the work, forward and back.
-#include "mlp.h"
-
-#include <cstring>
-
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the machine's are never passed
+#include "mlp_simd.h"
 
 namespace df {
 namespace DF_ISA {
 namespace {
 
-#if defined(__AVX__)
-constexpr int VECTOR_BYTES = 32;
-#else
-constexpr int VECTOR_BYTES = 16;
-#endif
 constexpr int TILE = 4;  // features a tile
+constexpr int GRAD_TILE = VECTOR_BYTES == 64 ? 4 : 2;  // features of g, times 4 of x: by registers
 
-template <class T> struct Simd {
-  typedef T vector __attribute__((vector_size(VECTOR_BYTES)));
-  typedef T quad __attribute__((vector_size(4 * sizeof(T))));
-  static constexpr int lanes = VECTOR_BYTES / sizeof(T);
-};
-template <class T> using Vector = typename Simd<T>::vector;
-
-template <class V, class T> inline V load(const T* p) {
-  V v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-template <class V, class T> inline void store(T* p, const V& v) { std::memcpy(p, &v, sizeof v); }
-
-template <class T> inline T sum(const Vector<T>& v) {
-  T s[Simd<T>::lanes];
-  store(s, v);
-  for (int half = Simd<T>::lanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) s[i] += s[i + half];
-  return s[0];
-}
-
-// out[c * out_stride + r] = in[r * in_stride + c] for a 4 x 4 square.
-template <class T>
-inline void transpose_square(const T* in, int64_t in_stride, T* out, int64_t out_stride) {
-#if defined(__clang__) || __GNUC__ >= 12
-  using Q = typename Simd<T>::quad;
-  const Q a = load<Q>(in), b = load<Q>(in + in_stride), c = load<Q>(in + 2 * in_stride),
-          d = load<Q>(in + 3 * in_stride);
-  const Q ab = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-  const Q cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
-  const Q ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const Q cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  store<Q>(out, __builtin_shufflevector(ab, cd, 0, 1, 4, 5));
-  store<Q>(out + out_stride, __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
-  store<Q>(out + 2 * out_stride, __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5));
-  store<Q>(out + 3 * out_stride, __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7));
-#else
-  for (int r = 0; r < 4; ++r)
-    for (int c = 0; c < 4; ++c) out[c * out_stride + r] = in[r * in_stride + c];
+// Asks for rows [begin, end) of `width` numbers, soon to be read or written: what memory takes is
+// then hidden behind the arithmetic of the rows before.
+template <class T> inline void fetch(const T* rows, int width, int64_t begin, int64_t end) {
+#if defined(__GNUC__)
+  const T* const stop = rows + end * width;
+  for (rows += begin * width; rows < stop; rows += 64 / sizeof(T)) __builtin_prefetch(rows);
 #endif
-}
-template <class T>
-void transpose(const T* in, int64_t in_stride, int rows, int columns, T* out, int64_t out_stride) {
-  const int whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
-  for (int r = 0; r < whole_rows; r += 4)
-    for (int c = 0; c < whole_columns; c += 4)
-      transpose_square(in + r * in_stride + c, in_stride, out + c * out_stride + r, out_stride);
-  for (int r = 0; r < rows; ++r)
-    for (int c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
-      out[c * out_stride + r] = in[r * in_stride + c];
 }
 
 // A block: ROWS rows, of which the first n are used, `padded` (whole tiles) computed.
@@ -87,36 +35,60 @@ template <class T> struct Block {
   }
 };
 
-// y[o] = bias[o] + sum_i w[o * w_out + i * w_in] x[i] for N features o.
-template <int N, class T>
+// What becomes of a vector of sums on its way to place i of the results.
+template <class T> struct Plain {
+  Vector<T> operator()(int64_t, const Vector<T>& v) const { return v; }
+};
+template <class T> struct Relu {  // mlp_relu
+  Vector<T> operator()(int64_t, const Vector<T>& v) const {
+    return v < Vector<T>{} ? Vector<T>{} : v;
+  }
+};
+template <class T> struct ReluBackward {  // mlp_relu_backward
+  const T* h;
+  Vector<T> operator()(int64_t i, const Vector<T>& v) const {
+    return load<Vector<T>>(h + i) <= Vector<T>{} ? Vector<T>{} : v;
+  }
+};
+template <class T> struct Scaled {
+  const T* by;
+  Vector<T> operator()(int64_t i, const Vector<T>& v) const { return load<Vector<T>>(by + i) * v; }
+};
+
+// y[o] = finish(bias[o] + sum_i w[o * w_out + i * w_in] x[i]) for N features o from `first` on.
+template <int N, class T, class F>
 inline void multiply_tile(Block<T> block, const T* w, int64_t w_out, int64_t w_in, const T* bias,
-                          int n_in, const T* x, T* y) {
+                          int first, int n_in, const T* x, T* y, const F& finish) {
   using V = Vector<T>;
   constexpr int ROWS = Block<T>::ROWS, LANES = Simd<T>::lanes;
+  w += first * w_out;
   for (int r = 0; r < block.padded; r += 2 * LANES) {
     V low[N], high[N];
-    for (int o = 0; o < N; ++o) low[o] = high[o] = V{} + (bias ? bias[o] : T(0));
+#pragma GCC unroll 4
+    for (int o = 0; o < N; ++o) low[o] = high[o] = V{} + (bias ? bias[first + o] : T(0));
     for (int i = 0; i < n_in; ++i) {
       const V x0 = load<V>(x + i * ROWS + r), x1 = load<V>(x + i * ROWS + r + LANES);
+#pragma GCC unroll 4
       for (int o = 0; o < N; ++o) {
         const T weight = w[o * w_out + i * w_in];
         low[o] += weight * x0;
         high[o] += weight * x1;
       }
     }
+#pragma GCC unroll 4
     for (int o = 0; o < N; ++o) {
-      store(y + o * ROWS + r, low[o]);
-      store(y + o * ROWS + r + LANES, high[o]);
+      const int64_t place = (first + o) * ROWS + r;
+      store(y + place, finish(place, low[o]));
+      store(y + place + LANES, finish(place + LANES, high[o]));
     }
   }
 }
-template <class T>
+template <class T, class F>
 void multiply(Block<T> block, const T* w, int64_t w_out, int64_t w_in, const T* bias, int n_out,
-              int n_in, const T* x, T* y) {
+              int n_in, const T* x, T* y, const F& finish) {
   int o = 0;
   const auto tile = [&](auto n) {
-    multiply_tile<decltype(n)::value>(block, w + o * w_out, w_out, w_in, bias ? bias + o : nullptr,
-                                      n_in, x, y + o * Block<T>::ROWS);
+    multiply_tile<decltype(n)::value>(block, w, w_out, w_in, bias, o, n_in, x, y, finish);
     o += decltype(n)::value;
   };
   while (o + TILE <= n_out) tile(std::integral_constant<int, TILE>());
@@ -124,23 +96,38 @@ void multiply(Block<T> block, const T* w, int64_t w_out, int64_t w_in, const T* 
   if (n_out - o == 2) tile(std::integral_constant<int, 2>());
   if (n_out - o == 1) tile(std::integral_constant<int, 1>());
 }
+template <class T>
+void multiply(Block<T> block, const T* w, int64_t w_out, int64_t w_in, const T* bias, int n_out,
+              int n_in, const T* x, T* y) {
+  multiply(block, w, w_out, w_in, bias, n_out, n_in, x, y, Plain<T>());
+}
 
 // grad[o * n_in + i] += sum over rows of g[o] x[i], for N features o and M features i.
 template <int N, int M, class T>
 inline void add_products_tile(Block<T> block, const T* g, const T* x, int n_in, T* grad) {
   using V = Vector<T>;
   constexpr int ROWS = Block<T>::ROWS;
-  V acc[N][M] = {};
+  V acc[N * M];
+#pragma GCC unroll 16
+  for (int k = 0; k < N * M; ++k) acc[k] = V{};
   for (int r = 0; r < block.padded; r += Simd<T>::lanes) {
     V xs[M];
+#pragma GCC unroll 4
     for (int i = 0; i < M; ++i) xs[i] = load<V>(x + i * ROWS + r);
+#pragma GCC unroll 4
     for (int o = 0; o < N; ++o) {
       const V gs = load<V>(g + o * ROWS + r);
-      for (int i = 0; i < M; ++i) acc[o][i] += gs * xs[i];
+#pragma GCC unroll 4
+      for (int i = 0; i < M; ++i) acc[o * M + i] += gs * xs[i];
     }
   }
-  for (int o = 0; o < N; ++o)
-    for (int i = 0; i < M; ++i) grad[o * n_in + i] += sum<T>(acc[o][i]);
+#pragma GCC unroll 4
+  for (int o = 0; o < N; ++o) {
+    T* const to = grad + o * n_in;
+    const V* const sums = acc + o * M;
+    if constexpr (M == 4) add_four_sums(sums, to);
+    else to[0] += sum<T>(sums[0]);
+  }
 }
 template <class T>
 void add_products(Block<T> block, const T* g, int n_out, const T* x, int n_in, T* grad) {
@@ -149,13 +136,13 @@ void add_products(Block<T> block, const T* g, int n_out, const T* x, int n_in, T
   const auto row = [&](auto n) {
     constexpr int N = decltype(n)::value;
     int i = 0;
-    for (; i + 2 <= n_in; i += 2)
-      add_products_tile<N, 2>(block, g + o * ROWS, x + i * ROWS, n_in, grad + o * n_in + i);
-    if (i < n_in)
+    for (; i + 4 <= n_in; i += 4)
+      add_products_tile<N, 4>(block, g + o * ROWS, x + i * ROWS, n_in, grad + o * n_in + i);
+    for (; i < n_in; ++i)
       add_products_tile<N, 1>(block, g + o * ROWS, x + i * ROWS, n_in, grad + o * n_in + i);
     o += N;
   };
-  while (o + TILE <= n_out) row(std::integral_constant<int, TILE>());
+  while (o + GRAD_TILE <= n_out) row(std::integral_constant<int, GRAD_TILE>());
   while (o < n_out) row(std::integral_constant<int, 1>());
 }
 template <class T> void add_sums(Block<T> block, const T* g, int n_out, T* grad) {
@@ -168,10 +155,6 @@ template <class T> void add_sums(Block<T> block, const T* g, int n_out, T* grad)
 }
 
 // Activates the values in place. SLOPE: silu's derivatives go there.
-template <class T> void activate_relu(Block<T> block, int width, T* values) {
-  for (T* const end = values + width * Block<T>::ROWS; values < end; values += Block<T>::ROWS)
-    for (int r = 0; r < block.padded; ++r) values[r] = mlp_relu(values[r]);
-}
 template <bool SLOPE, class T>
 void activate_silu(Block<T> block, int width, T* __restrict values, T* __restrict slope) {
   T e[Block<T>::ROWS];  // in two loops: in one, g++ repeats the rest for each end of exp's clamp
@@ -228,10 +211,12 @@ void activate_backward(Block<T> block, int width, const T* h, const T* slope, T*
 template <class T>
 void layer(const MlpShape& s, int l, Block<T> block, const T* w, const T* x, T* y, T* slope) {
   const int n_in = s.width[l], n_out = s.width[l + 1];
-  multiply(block, w, n_in, int64_t(1), s.bias ? w + n_in * n_out : nullptr, n_out, n_in, x, y);
+  const T* const bias = s.bias ? w + n_in * n_out : nullptr;
+  if (l + 1 < s.n_layers && !s.silu)
+    return multiply(block, w, n_in, int64_t(1), bias, n_out, n_in, x, y, Relu<T>());
+  multiply(block, w, n_in, int64_t(1), bias, n_out, n_in, x, y);
   if (l + 1 == s.n_layers) return;
-  if (!s.silu) activate_relu(block, n_out, y);
-  else if (slope) activate_silu<true>(block, n_out, y, slope);
+  if (slope) activate_silu<true>(block, n_out, y, slope);
   else activate_silu<false>(block, n_out, y, slope);
 }
 
@@ -257,14 +242,26 @@ template <class T> struct Values {
   }
 };
 
+// What the rows after [begin, end), up to `stop`, will read, and what these will write.
+template <class T>
+void fetch_backward(const MlpArgs<T>& a, int64_t begin, int64_t end, int64_t stop) {
+  const int inputs = a.shape.width[0], outputs = a.shape.width[a.shape.n_layers];
+  const int64_t next_end = min<int64_t>(end + Block<T>::ROWS, stop);
+  fetch(a.x, inputs, end, next_end);
+  fetch(a.grad_out, outputs, end, next_end);
+  if (a.tangent) fetch(a.tangent, inputs, end, next_end);
+  if (a.grad_x) fetch(a.grad_x, inputs, begin, end);
+}
+
 // Rows [begin, begin + block.n): recompute the hidden values, then back through the layers.
 template <class T>
-void block_backward(const MlpArgs<T>& a, Block<T> block, int64_t begin, T* memory,
+void block_backward(const MlpArgs<T>& a, Block<T> block, int64_t begin, int64_t stop, T* memory,
                     T* grad_params) {
   const MlpShape& shape = a.shape;
   Values<T> s(shape, memory);
   const T* w = a.params;
   block.read(a.x + begin * shape.width[0], shape.width[0], s.h[0]);
+  fetch_backward(a, begin, begin + block.n, stop);
   for (int l = 0; l + 1 < shape.n_layers; w += mlp_layer_parameters(shape, l++))
     layer(shape, l, block, w, s.h[l], s.h[l + 1], s.slope[l + 1]);
   const int outputs = shape.width[shape.n_layers];
@@ -277,19 +274,22 @@ void block_backward(const MlpArgs<T>& a, Block<T> block, int64_t begin, T* memor
       if (shape.bias) add_sums(block, s.g, n_out, grad + n_in * n_out);
     }
     if (l == 0 && !a.grad_x) return;
-    multiply<T>(block, w, 1, n_in, nullptr, n_in, n_out, s.g, s.spare);
+    const auto back = [&](const auto& finish) {
+      multiply<T>(block, w, 1, n_in, nullptr, n_in, n_out, s.g, s.spare, finish);
+    };
+    if (l == 0) back(Plain<T>());
+    else if (shape.silu) back(Scaled<T>{s.slope[l]});
+    else back(ReluBackward<T>{s.h[l]});
     s.turn();
-    if (l > 0) {
-      activate_backward(block, n_in, s.h[l], s.slope[l], s.g);
-      w -= mlp_layer_parameters(shape, l - 1);
-    }
+    if (l > 0) w -= mlp_layer_parameters(shape, l - 1);
   }
   block.write(s.g, shape.width[0], a.grad_x + begin * shape.width[0]);
 }
 
 // The same along the tangent: d holds the derivatives of s's values, d.slope what bends them.
 template <class T>
-void block_second(const MlpArgs<T>& a, Block<T> block, int64_t begin, T* memory, T* grad_params) {
+void block_second(const MlpArgs<T>& a, Block<T> block, int64_t begin, int64_t stop, T* memory,
+                  T* grad_params) {
   constexpr int ROWS = Block<T>::ROWS;
   const MlpShape& shape = a.shape;
   const int last = shape.n_layers - 1, inputs = shape.width[0], outputs = shape.width[last + 1];
@@ -297,6 +297,7 @@ void block_second(const MlpArgs<T>& a, Block<T> block, int64_t begin, T* memory,
   const T* w = a.params;
   block.read(a.x + begin * inputs, inputs, s.h[0]);
   block.read(a.tangent + begin * inputs, inputs, d.h[0]);
+  fetch_backward(a, begin, begin + block.n, stop);
   for (int l = 0; l < last; w += mlp_layer_parameters(shape, l++)) {
     const int n_in = shape.width[l], n_out = shape.width[l + 1];
     const T* const bias = shape.bias ? w + n_in * n_out : nullptr;
@@ -346,7 +347,8 @@ void block_second(const MlpArgs<T>& a, Block<T> block, int64_t begin, T* memory,
 template <bool SECOND, class T> void backward(const MlpArgs<T>& a) {
   constexpr int64_t ROWS = Block<T>::ROWS;
   const MlpShape& s = a.shape;
-  const int64_t valid = valid_rows(a.count, a.n), inputs = s.width[0], outputs = s.width[s.n_layers];
+  const int64_t valid = valid_rows(a.count, a.n);
+  const int inputs = s.width[0], outputs = s.width[s.n_layers];
   const int64_t rows = mlp_chunk_rows(a.n), chunks = (valid + rows - 1) / rows;
   const int64_t size = mlp_chunk_workspace(s, ROWS, a.grad_params, SECOND);
   const int64_t values = mlp_block_columns(s, SECOND) * ROWS;
@@ -358,8 +360,8 @@ template <bool SECOND, class T> void backward(const MlpArgs<T>& a) {
     if (grad_params && begin < stop) fill_zero(grad_params, 0, mlp_parameters(s));
     for (int64_t first = begin; first < stop; first += ROWS) {
       const Block<T> block(min(ROWS, stop - first));
-      if constexpr (SECOND) block_second(a, block, first, memory, grad_params);
-      else block_backward(a, block, first, memory, grad_params);
+      if constexpr (SECOND) block_second(a, block, first, stop, memory, grad_params);
+      else block_backward(a, block, first, stop, memory, grad_params);
     }
     if (a.grad_x) fill_zero(a.grad_x, (zero_x ? begin : stop) * inputs, end * inputs);
     if (SECOND && a.out) fill_zero(a.out, stop * outputs, end * outputs);
@@ -378,7 +380,8 @@ template <bool SECOND, class T> void backward(const MlpArgs<T>& a) {
 template <class T> void mlp_forward(const MlpArgs<T>& a, Stream) {
   constexpr int64_t ROWS = Block<T>::ROWS;
   const MlpShape& s = a.shape;
-  const int64_t valid = valid_rows(a.count, a.n), outputs = s.width[s.n_layers];
+  const int64_t valid = valid_rows(a.count, a.n);
+  const int outputs = s.width[s.n_layers];
   parallel_for(a.n, 8 * ROWS, [&](int64_t begin, int64_t end) {
     alignas(64) T values[2][MLP_MAX_WIDTH * ROWS];
     const int64_t stop = clamp(valid, begin, end);
@@ -386,9 +389,12 @@ template <class T> void mlp_forward(const MlpArgs<T>& a, Stream) {
       const Block<T> block(min(ROWS, stop - first));
       const T* w = a.params;
       block.read(a.x + first * s.width[0], s.width[0], values[0]);
+      const int64_t next = first + block.n;
+      fetch(a.x, s.width[0], next, min(next + ROWS, stop));
+      fetch(a.out, outputs, first, next);
       for (int l = 0; l < s.n_layers; w += mlp_layer_parameters(s, l++))
         layer<T>(s, l, block, w, values[l % 2], values[1 - l % 2], nullptr);
-      block.write(values[s.n_layers % 2], int(outputs), a.out + first * outputs);
+      block.write(values[s.n_layers % 2], outputs, a.out + first * outputs);
     }
     fill_zero(a.out, stop * outputs, end * outputs);
   });

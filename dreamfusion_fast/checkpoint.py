@@ -1,16 +1,29 @@
-"""Checkpoints of a run: one safetensors file, written beside the old one and renamed over it."""
+"""The folder of a run, and its checkpoint: one safetensors file, written beside the old one and
+renamed over it."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:  # the command line asks for a folder's state before it needs torch
+    from torch import Tensor
 
 FORMAT, VERSION = "dreamfusion_fast", 2
+
+
+def folder_state(folder: Path) -> str:
+    """ "new" (absent or empty), "run" (holds a run) or "foreign" (something else)."""
+    if not folder.exists():
+        return "new"
+    if not folder.is_dir():
+        return "foreign"
+    names = {p.name for p in folder.iterdir()}
+    return "new" if not names else "run" if "config.json" in names else "foreign"
 
 
 def write_atomically(path: Path, write) -> None:
@@ -25,6 +38,8 @@ def write_atomically(path: Path, write) -> None:
 
 def save(path: Path, tensors: dict[str, Tensor], config: dict) -> None:
     """Write tensors and the run's config (JSON)."""
+    from safetensors.torch import save_file
+
     # One key: safetensors writes several in any order, and the same run shall give the same bytes.
     metadata = {FORMAT: json.dumps({"version": VERSION, "config": config})}
     contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}

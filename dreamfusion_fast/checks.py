@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from . import losses, optimizers
 from .config import CameraConfig, RunConfig, ShadingConfig
 
 BACKGROUNDS = ("random", "solid", "learned", "environment")
@@ -12,7 +11,7 @@ NORMALS = ("analytic", "finite")
 
 
 def check(config: RunConfig) -> None:
-    """Raise ValueError for settings that cannot run."""
+    """Raise ValueError for settings that cannot run: first those that need no torch to tell."""
     if not config.prompt.strip():
         raise ValueError("argument `prompt`: expected a text, got an empty one")
     for name in ("steps", "views", "accumulate", "checkpoint_every", "preview_every"):
@@ -22,6 +21,8 @@ def check(config: RunConfig) -> None:
         raise ValueError(
             f"argument `occupancy_every`: expected at least 1, got {config.render.occupancy_every}"
         )
+    if config.render.rows < 1:
+        raise ValueError(f"config `render.rows`: expected at least 1, got {config.render.rows}")
     if config.render.background not in BACKGROUNDS:
         raise ValueError(
             f"argument `background`: expected one of {', '.join(BACKGROUNDS)}, got "
@@ -38,6 +39,9 @@ def check(config: RunConfig) -> None:
         )
     check_camera(config.camera, config.field.radius)
     check_shading(config.shading)
+
+    from . import losses, optimizers  # these import torch
+
     losses.check_schedules(config.loss)
     optimizers.check(config.optimizer)
 

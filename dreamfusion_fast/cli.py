@@ -77,11 +77,8 @@ def generate(
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
 ) -> None:
     """Make a 3D object from text: turntable.mp4, contact_sheet.png and mesh.glb in --out."""
-    from . import preflight
-    from .doctor import pick_device
-    from .train import Trainer, check, folder_state
+    from .checkpoint import folder_state
 
-    where = pick_device(device)
     given = {"prompt": prompt, "steps": steps, "seed": seed, "guidance": guidance}
     changes = {
         "render.image_size": image_size,
@@ -101,7 +98,11 @@ def generate(
         )
     for name, value in changes.items():
         config.change(name, value)
-    check(config)
+    where = _check(config, device)
+
+    from . import preflight  # these take seconds
+    from .train import Trainer
+
     trainer = Trainer(config, out, device=where, resume=resume)
     line, fits = preflight.report(config, trainer)
     console.print(line, highlight=False, soft_wrap=True, style=None if fits else "bold red")
@@ -131,8 +132,8 @@ def doctor() -> None:
 
 def _config(out: Path, resume: bool, given: dict):
     """The run's settings: stored ones if it is resumed, else the guidance's defaults."""
+    from .checkpoint import folder_state
     from .config import RunConfig, preset
-    from .train import folder_state
 
     state = folder_state(out)
     if state == "foreign":
@@ -163,6 +164,20 @@ def _config(out: Path, resume: bool, given: dict):
             )
     config.steps = given["steps"] if given["steps"] is not None else config.steps
     return config
+
+
+def _check(config, device: str):
+    """Refuse what can be refused without diffusers and the trainer. Returns the device."""
+    from .checks import check
+
+    check(config)
+
+    from .doctor import pick_device
+    from .toybox.world import check_prompt
+
+    if config.guidance.name in ("toybox", "exemplar"):
+        check_prompt(config.prompt)
+    return pick_device(device)
 
 
 def _scene_of(folder: Path) -> tuple:

@@ -71,6 +71,7 @@ class RenderConfig:
     image_size: int = 64  # pixels (paper)
     step: float = 0.025  # length of a bin along a ray, scene units
     early_stop: float = 1e-3  # transmittance below which a ray ends
+    rows: int = 1 << 20  # samples of a step from which on it is made in batches, of about as many
     normals: str = "analytic"  # analytic (paper) | finite: from differences of log density
     epsilon: float = 0.005  # half the width of those differences, scene units
     latent: bool = False  # render the guidance's latents, not colours: no VAE in the loop

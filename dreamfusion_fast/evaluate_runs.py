@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import judges, metrics
-from .checkpoint import write_atomically
+from .checkpoint import folder_state, write_atomically
 from .config import RunConfig
 from .toybox import shapes, world
-from .train import folder_state, load_renderer
+from .train import load_renderer
 
 EMBEDDED = "toybox"  # the name of the embedded scorer in tables
 

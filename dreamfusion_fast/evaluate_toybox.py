@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 
 from . import checkpoint, export, metrics
+from .checkpoint import folder_state
 from .checks import check
 from .config import RunConfig, preset
 from .results import Result
 from .toybox import shapes, world
 from .toybox.scorer import FOLDER as SCORER
 from .toybox.scorer import Scorer
-from .train import Trainer, folder_state, load_guidance
+from .train import Trainer, load_guidance
 
 GUIDANCES = ("toybox", "exemplar", "clip")
 WIDE = {"guidance.view_text": "none", "shading.lit": 0.0}

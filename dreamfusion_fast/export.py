@@ -185,8 +185,8 @@ def render_views(
                 lit = "lit" if mode == "normal" else mode
                 options["shading"] = shading.fixed(one, lit, white)
             rendering = renderer(one, 0, **options)
-            if int(rendering.samples.count) > rendering.capacity:
-                renderer.fit_capacity(int(rendering.samples.count))
+            if int(rendering.count) > rendering.capacity:
+                renderer.fit_capacity(int(rendering.count))
                 rendering = renderer(one, 0, **options)
             images.append(_picture(rendering, mode, one, renderer).float().clamp(0, 1).cpu())
     finally:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,36 +13,41 @@ from .camera import Cameras
 from .config import RenderConfig
 from .field import Environment, Field
 from .ops import (
+    Composited,
+    Grid,
+    Rays,
     Samples,
-    composite,
-    composite_lit,
+    composite_samples,
     generate_rays,
     march,
     occupancy_points,
     occupancy_update,
     ray_sphere_intersect,
+    render,
 )
 
-MAX_CHANNELS = 8  # of composite
 TINY = 1e-30  # density whose logarithm is taken, at least: rows past the count have 0
+NO_LIMIT = 2**31 - 1  # of samples
 CAPACITY_STEP = 1 << 14  # sample buffers grow in steps of so many rows
 
 
 @dataclass
 class Rendering:
     """image (B, 3, H, W) in [0, 1], or latents; opacity (B, H, W) in [0, 1]; depth (B, H, W)
-    = sum of w t, scene units; weights (S,) w of the samples; capacity, samples that fit. With
+    = sum of w t, scene units; count (1,) int32, samples demanded; capacity, samples that fit. With
     light also normal (B, 3, H, W) = sum of w n, and orientation (B, H, W), the sum over a ray's
-    samples of w max(0, n·d)² for the orientation loss."""
+    samples of w max(0, n·d)² for the orientation loss. samples, and their w, weights (S,): None
+    where the picture was made in batches, which keep none."""
 
     image: Tensor
     opacity: Tensor
     depth: Tensor
-    weights: Tensor
-    samples: Samples
+    count: Tensor
     capacity: int
     normal: Tensor | None = None
     orientation: Tensor | None = None
+    samples: Samples | None = None
+    weights: Tensor | None = None
 
 
 class Renderer(nn.Module):
@@ -69,40 +76,57 @@ class Renderer(nn.Module):
         jitter: bool = True,
         latent: bool = False,
         shading: Tensor | None = None,
+        keep_samples: bool = False,
     ) -> Rendering:
         """Render B cameras. background: (B, 3) or (3,) colours in [0, 1]; without it the
         environment map, or the learned, or the solid colour. size: side of the picture, pixels.
         seed: of the samples' jitter (stratified if `jitter`, else bin centres). latent: the
         picture's channels are the field's latents, and those of the background, which must be
         given (B, channels). shading: (B, 7) as `shading.sample` makes it, how each view is lit;
-        None: albedo, and no normals."""
+        None: albedo, and no normals. keep_samples: also where the capacity is above config.rows,
+        from which on pictures are otherwise made in batches (ops.render)."""
         size = size or self.config.image_size
         n = len(cameras.focal)
-        rays = rays_o, rays_d, *_ = self._rays(cameras, size)
-        samples = self._march(*rays, seed, jitter, self.capacity)
-        sigma, albedo, gradient = self._query(samples, latent, shading is not None)
-        if shading is None:
-            colour, opacity, depth, weights = self._composite(sigma, albedo, samples)
-            of_light = ()
+        rays = self._rays(cameras, size)
+        query = partial(self._query, latent=latent, normals=shading is not None)
+        of_samples = ()
+        if self.batched and not keep_samples:
+            out, capacity = self._in_batches(query, rays, seed, jitter, shading), NO_LIMIT
         else:
-            colour, opacity, depth, weights, *of_light = composite_lit(
-                sigma, albedo, gradient, samples.t, samples.dt, samples.packed, rays_o, rays_d,
-                shading, self.config.early_stop,
-            )  # fmt: skip
-        behind = self._background(background, rays_d, n, size)
-        image = colour + (1.0 - opacity[:, None]) * behind
+            samples, capacity = self._march(rays, seed, jitter, self.capacity), self.capacity
+            early_stop = self.config.early_stop
+            of_rays = composite_samples(query, samples, rays, early_stop, shading)
+            colour, opacity, depth, weights, *light = of_rays
+            out = Composited(colour, opacity, depth, samples.count, *light)
+            of_samples = samples, weights
+        behind = self._background(background, rays.d, n, size)
+        image = out.colour + (1.0 - out.opacity[:, None]) * behind
 
-        def as_pictures(x: Tensor) -> Tensor:
-            if x.ndim == 1:
-                return x.reshape(n, size, size)
+        def as_pictures(x: Tensor | None) -> Tensor | None:
+            if x is None or x.ndim == 1:
+                return x if x is None else x.reshape(n, size, size)
             return x.reshape(n, size, size, -1).permute(0, 3, 1, 2).contiguous()
 
-        pictures = [as_pictures(x) for x in (image, opacity, depth)]
-        return Rendering(*pictures, weights, samples, self.capacity, *map(as_pictures, of_light))
+        pictures = [as_pictures(x) for x in (image, out.opacity, out.depth)]
+        light = as_pictures(out.normal), as_pictures(out.orientation)
+        return Rendering(*pictures, out.count, capacity, *light, *of_samples)
 
-    def _query(self, samples: Samples, latent: bool, normals: bool):
+    @property
+    def batched(self) -> bool:
+        """Whether there are so many samples that pictures are made in batches."""
+        return self.capacity > self.config.rows
+
+    def _in_batches(self, query, rays: Rays, seed, jitter: bool, shading) -> Composited:
+        c, radius = self.config, self.field.config.radius
+        bins = math.ceil(2.0 * radius / c.step) + 1  # across the bounding sphere
+        parameters = list(self.field.parameters())
+        return render(
+            query, parameters, rays, self._grid(), seed, jitter, c.early_stop, shading, c.rows, bins
+        )  # fmt: skip
+
+    def _query(self, x: Tensor, count: Tensor, latent: bool, normals: bool):
         """Density, albedo and, with `normals`, the gradient of log density at the samples."""
-        x, count, c = samples.positions, samples.count, self.config
+        c = self.config
         if not normals or c.normals == "analytic":
             return self.field(x, count, latent, normals)
         steps = c.epsilon * torch.eye(3, device=x.device)
@@ -116,17 +140,16 @@ class Renderer(nn.Module):
         gradient = torch.stack([high - low for high, low in ends], 1) / (2.0 * c.epsilon)
         return *self.field(x, count, latent)[:2], gradient.contiguous()
 
-    def _composite(self, sigma, values, samples: Samples) -> tuple[Tensor, ...]:
-        """Any number of channels, as many at a time as the op takes."""
-        rest = samples.t, samples.dt, samples.packed, self.config.early_stop
-        parts = [composite(sigma, v.contiguous(), *rest) for v in values.split(MAX_CHANNELS, 1)]
-        return torch.cat([colour for colour, *_ in parts], 1), *parts[0][1:]
-
-    def _rays(self, cameras: Cameras, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Origins and directions (R, 3) through all pixels; distances in and out of the sphere."""
+    def _rays(self, cameras: Cameras, size: int) -> Rays:
+        """Through all pixels, in and out of the bounding sphere."""
         rays_o, rays_d = generate_rays(cameras.c2w, cameras.focal * size, size, size)
         rays_o, rays_d = rays_o.reshape(-1, 3), rays_d.reshape(-1, 3)
-        return rays_o, rays_d, *ray_sphere_intersect(rays_o, rays_d, self.field.config.radius)
+        span = ray_sphere_intersect(rays_o, rays_d, self.field.config.radius)
+        return Rays(rays_o, rays_d, *span)
+
+    def _grid(self) -> Grid:
+        c = self.config
+        return Grid(self.bitfield, c.occupancy_resolution, self.field.config.radius, c.step)
 
     def _background(self, colour: Tensor | None, rays_d: Tensor, n: int, size: int) -> Tensor:
         if colour is not None:
@@ -135,17 +158,13 @@ class Renderer(nn.Module):
             return self.environment(rays_d)
         return self.backdrop.expand(1, 3) if self.learned is None else self.learned.sigmoid()[None]
 
-    def _march(self, rays_o, rays_d, near, far, seed, jitter: bool, capacity: int) -> Samples:
-        c = self.config
-        return march(
-            rays_o, rays_d, near, far, self.bitfield, c.occupancy_resolution,
-            self.field.config.radius, c.step, capacity, seed, jitter,
-        )  # fmt: skip
+    def _march(self, rays: Rays, seed, jitter: bool, capacity: int) -> Samples:
+        return march(*rays, *self._grid(), capacity, seed, jitter)
 
     def make_room(self, cameras: Cameras, seed: int | Tensor) -> None:
         """Fit the capacity to what these cameras need. Waits for the device."""
         rays = self._rays(cameras, self.config.image_size)
-        self.fit_capacity(int(self._march(*rays, seed, True, 1).count))
+        self.fit_capacity(int(self._march(rays, seed, True, 1).count))
 
     def fit_capacity(self, count: int) -> bool:
         """Make room for `count` samples and half as many more, if there is less than `count` or

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import checkpoint, export, guidance, losses, optimizers, sds
+from . import _cpu, checkpoint, export, guidance, losses, optimizers, sds
 from .checks import check
 from .config import RunConfig
 from .drawing import Draw, Drawing, step_generator
@@ -26,22 +26,12 @@ from .graph import Captured
 from .guidance.timed import Timed
 from .ops import has_half
 from .prompting import Prompts
-from .render import Renderer, Rendering
+from .render import NO_LIMIT, Renderer, Rendering
 
 MEASURES = ("sds", "opacity", "mean_opacity", "samples", "views_skipped", "updates_skipped")
 REPORT_EVERY = 10  # steps, on a GPU: reading what it measured waits for it
 HALF_SCALE = 128.0  # of the loss: keeps gradients in float16's range
 HOPELESS = 10  # steps without a single finite view: the run is given up
-
-
-def folder_state(folder: Path) -> str:
-    """ "new" (absent or empty), "run" (holds a run) or "foreign" (something else)."""
-    if not folder.exists():
-        return "new"
-    if not folder.is_dir():
-        return "foreign"
-    names = {p.name for p in folder.iterdir()}
-    return "new" if not names else "run" if "config.json" in names else "foreign"
 
 
 class Trainer:
@@ -63,6 +53,8 @@ class Trainer:
     def __init__(self, config: RunConfig, folder: Path, guide=None, device="cpu", resume=False):
         check(config)
         self.config, self.folder, self.device = config, Path(folder), settled(device)
+        if self.device.type == "cpu":
+            _cpu.keep_memory()  # each step asks for what the last one freed
         self.guidance = Timed(guide or load_guidance(config, self.device))
         if config.render.latent:
             self._fit_to_latents()
@@ -92,6 +84,7 @@ class Trainer:
         )
         self.optimizer = self._build_optimizer()
         self.regularizers = losses.active(config.loss)
+        self.keep_samples = "distortion" in self.regularizers  # which weighs each of them
         self.measured = torch.zeros(len(MEASURES), dtype=torch.float64, device=self.device)
         self.bad = torch.zeros(1, dtype=torch.int32, device=self.device)  # views, since the start
         self.draws: list[Draw] = []  # of the current step, where the graph reads them
@@ -230,6 +223,7 @@ class Trainer:
         rendering = self.renderer(
             draw.cameras, draw.seeds[:1], draw.background, latent=latent,
             shading=draw.shading if lit else None,
+            keep_samples=self.keep_samples,
         )  # fmt: skip
         z = rendering.image if latent else self.guidance.encode(rendering.image)
         share = self.grad_scale / (c.views * c.accumulate)
@@ -238,8 +232,7 @@ class Trainer:
         total = self.grad_scale / c.accumulate * losses.weighted(terms, draw.losses)
         torch.autograd.backward((z, total), (gradient.to(z.dtype), torch.ones_like(total)))
         spread = gradient.square().mean().sqrt() / share
-        count = rendering.samples.count[0]
-        measures = spread, terms["opacity"], rendering.opacity.mean(), count
+        measures = spread, terms["opacity"], rendering.opacity.mean(), rendering.count[0]
         return torch.stack([x.detach().double() for x in measures])
 
     def _guide(self, z: Tensor, draw: Draw, share: float) -> Tensor:
@@ -283,12 +276,17 @@ class Trainer:
             row = {"step": self.step - n + i} | dict(zip(MEASURES, measures, strict=True))
             for name in ("samples", "views_skipped", "updates_skipped"):
                 row[name] = int(row[name])
-            row["samples_lost"] = max(0, row["samples"] - self.renderer.capacity)
+            row["samples_lost"] = max(0, row["samples"] - self._capacity())
             row["seconds"] = round(seconds / n, 6)
             row["guidance_share"] = None if guided is None else round(guided / seconds, 4)
             rows.append(row)
         log.writelines(json.dumps(row) + "\n" for row in rows)
         return rows
+
+    def _capacity(self) -> int:
+        """Samples that a step can have."""
+        in_batches = self.renderer.batched and not self.keep_samples
+        return NO_LIMIT if in_batches else self.renderer.capacity
 
     def _look_at(self, rows: list[dict]) -> None:
         """Draw conclusions from metrics: give up, or make room for more samples."""

@@ -50,6 +50,8 @@ TOLERANCE = {
     "ray_box_intersect": ((1e-4, 1e-5), (1e-10, 1e-12)),
     # Roots of a difference that loses digits where a ray grazes the sphere; gradients more so.
     "ray_sphere_intersect": ((1e-3, 1e-4), (1e-9, 1e-10)),
+    # The same roundings; gradients sum some thousand terms of up to 10, batch by batch.
+    "render": ((1e-4, 1e-3), (1e-10, 1e-10)),
     # Same recurrence, other roundings (FMA); gradients sum 64 terms of up to 30 (degree 8).
     "spherical_harmonics": ((1e-5, 1e-4), (1e-12, 1e-11)),
 }
@@ -78,12 +80,29 @@ else:
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=None, help="repeat a run's random inputs")
+    parser.addoption(
+        "--every-order", action="store_true", help="emulated: each test in every order of threads"
+    )
 
 
 def pytest_configure(config):
     config.run_seed = config.getoption("--seed")
     if config.run_seed is None:
         config.run_seed = random.SystemRandom().randrange(2**31)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Emulated, each case runs in one order of threads, which the run's seed chooses."""
+    if not _emulated or config.getoption("--every-order"):
+        return
+    chosen, left = [], []
+    for item in items:
+        order = next((o for o in ORDERS if f"emulated-{o}" in item.name), None)
+        case = item.nodeid.replace(f"emulated-{order}", "")
+        drawn = random.Random(f"{config.run_seed} {case}").choice(ORDERS)
+        (chosen if order in (None, drawn) else left).append(item)
+    items[:] = chosen
+    config.hook.pytest_deselected(items=left)
 
 
 def pytest_report_header(config):

@@ -7,19 +7,12 @@
 #include <cstring>
 #include <new>
 
-#include "../csrc/composite.h"
-#include "../csrc/hash_encode.h"
-#include "../csrc/mlp.h"
+#include "../csrc/kernels.h"
 
 #if defined(__clang__)
 #define COMPILER "clang", __clang_major__
 #else
 #define COMPILER "gcc", __GNUC__
-#endif
-#if defined(DF_HAS_V3)
-#define CALL(name, args) v3_runs() ? df::v3::name(args, nullptr) : df::base::name(args, nullptr)
-#else
-#define CALL(name, args) df::base::name(args, nullptr)
 #endif
 
 namespace {
@@ -27,18 +20,11 @@ namespace {
 using namespace df;
 uint32_t arrays = 0;
 
-bool v3_runs() {  // as bindings.cpp chooses; valgrind answers for the machine that it emulates
-#if defined(DF_HAS_V3)
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
-#else
-  return false;
-#endif
-}
-const char* isa() {
+// As dispatch.cpp chooses (valgrind answers for the machine that it emulates); portable: of what.
+const char* set_in_use() {
+  if (std::strcmp(isa(), "portable") != 0) return isa();
 #if defined(__x86_64__)
-  return v3_runs() ? "x86-64-v3" : "x86-64";
+  return "x86-64";
 #elif defined(__aarch64__)
   return "aarch64";
 #else
@@ -64,7 +50,7 @@ void hash_encode_forward(int times) {  // L = 8, T = 2^16, 16 -> 1024
   }
   a.x = numbers(3 * a.n, 0), a.table = numbers(2 * a.levels.offset[a.n_levels]);
   a.out = numbers(a.n * 2 * a.n_levels);
-  for (int i = 0; i < times; ++i) CALL(hash_encode_forward, a);
+  for (int i = 0; i < times; ++i) df::hash_encode_forward(a);
 }
 
 void mlp_backward(int times) {  // 32 -> 32 -> 4, relu, gradients of rows and parameters
@@ -75,7 +61,7 @@ void mlp_backward(int times) {  // 32 -> 32 -> 4, relu, gradients of rows and pa
   a.x = numbers(32 * a.n), a.params = numbers(parameters), a.grad_out = numbers(4 * a.n);
   a.grad_x = numbers(32 * a.n), a.grad_params = numbers(parameters);
   a.workspace = numbers(mlp_workspace<float>(a.shape, a.n, true, false));
-  for (int i = 0; i < times; ++i) CALL(mlp_backward, a);
+  for (int i = 0; i < times; ++i) df::mlp_backward(a);
 }
 
 void composite_backward(int times) {  // 512 rays of 32 samples, colours only, nothing left out
@@ -89,8 +75,8 @@ void composite_backward(int times) {  // 512 rays of 32 samples, colours only, n
   a.colour = numbers(3 * a.n_rays), a.opacity = numbers(a.n_rays), a.depth = numbers(a.n_rays);
   a.weights = numbers(a.n_samples), a.grad_colour = numbers(3 * a.n_rays);
   a.grad_sigma = numbers(a.n_samples), a.grad_rgb = numbers(3 * a.n_samples);
-  CALL(composite_forward, a);
-  for (int i = 0; i < times; ++i) CALL(composite_backward, a);
+  df::composite_forward(a);
+  for (int i = 0; i < times; ++i) df::composite_backward(a);
 }
 
 struct Kernel { const char* name; void (*run)(int); };
@@ -101,11 +87,11 @@ constexpr Kernel KERNELS[] = {{"hash_encode_forward", hash_encode_forward},
 }  // namespace
 
 int main(int n, char** arguments) {
-  df::num_threads = 1;
+  df::set_num_threads(1);
   for (const Kernel& kernel : KERNELS) {
     if (n != 3 || std::strcmp(kernel.name, arguments[1]) != 0) continue;
     kernel.run(std::atoi(arguments[2]));
-    std::printf("%s-%d %s\n", COMPILER, isa());
+    std::printf("%s-%d %s\n", COMPILER, set_in_use());
     return 0;
   }
   std::fprintf(stderr, "usage: instructions CALL TIMES\n");

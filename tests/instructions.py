@@ -66,7 +66,7 @@ def update(build: str, counts: dict[str, int]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("program", type=Path, nargs="?",
-                        default=ROOT / "build/instructions/instructions")  # fmt: skip
+                        default=ROOT / "build/cpp/instructions")  # fmt: skip
     parser.add_argument("--update", action="store_true", help="commit to what is counted now")
     options = parser.parse_args()
     if not shutil.which("valgrind"):

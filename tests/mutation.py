@@ -313,7 +313,8 @@ def check(bug: Bug, folder: Path) -> tuple[int, str]:
     kind, *arguments = bug.check.split()
     if kind != "op":
         return run(command_of(folder / bug.target, *arguments), folder)
-    command = pytest_command("-x", "-q", "--seed", "1", "-p", "no:cacheprovider", *arguments)
+    options = "-x", "-q", "--seed", "1", "--every-order", "-p", "no:cacheprovider"
+    command = pytest_command(*options, *arguments)
     return run(command, ROOT / "tests", environment(folder))
 
 

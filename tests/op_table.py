@@ -1,8 +1,7 @@
-"""Print op, float32 error against the float64 twin, gradcheck: `python tests/op_table.py`."""
+"""An example call of every public op: what tests/test_citizenship.py holds torch's rules to. As a
+command, `python tests/op_table.py`: op, float32 error against the float64 twin, gradcheck."""
 
 from __future__ import annotations
-
-import copy
 
 import torch
 
@@ -23,7 +22,13 @@ def unit(n: int) -> torch.Tensor:
     return torch.nn.functional.normalize(rand(n, 3) - 0.5, dim=-1)
 
 
-# op -> (function(ops module, *tensors), tensors, differentiable). In-place ops return what changed.
+def beside(tensor: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
+    """The constant in the tensor's dtype, or in float32 beside a lower one."""
+    return constant.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+# op -> (function(ops module, *tensors), tensors, differentiable). The function works in the dtype
+# of the tensors, float64 here. In-place ops work on clones and return what changed.
 def cases() -> dict:
     rows = ops.hash_table_rows(**GRID)[1][-1]
     widths = [5, 16, 16, 3]
@@ -55,7 +60,7 @@ def cases() -> dict:
         "mlp_gradient": (lambda m, g, x, p: m.mlp_gradient(g, x, p, widths, "silu"),
                          (rand(7, widths[-1]), rand(7, 5), rand(ops.mlp_parameters(widths)) - 0.5),
                          True),
-        "radiance": (lambda m, o, g: m.radiance(o, POINTS.to(o), blob_density=5.0, of_x=g),
+        "radiance": (lambda m, o, g: m.radiance(o, beside(o, POINTS), blob_density=5.0, of_x=g),
                      (rand(7, 4) - 0.5, rand(7, 3)), True),
         "composite": (lambda m, *a: m.composite(*a, PACKED),
                       (5 * rand(9), rand(9, 3), rand(9), 0.1 * rand(9)), True),
@@ -68,14 +73,12 @@ def cases() -> dict:
     }  # fmt: skip
 
 
+LIGHT = rand(9), rand(4, 3), unit(4), rand(2, 7)  # t, origins, directions, shading
+
+
 def _lit(m, sigma, albedo, gradient, dt):
     """The orientation is left out: to it the weights are constants, which gradcheck is not told."""
-    generator = torch.Generator().manual_seed(1)
-    t, o, d, shading = (
-        torch.rand(*shape, generator=generator, dtype=torch.float64).to(sigma)
-        for shape in ((9,), (4, 3), (4, 3), (2, 7))
-    )
-    d = torch.nn.functional.normalize(d, dim=-1)
+    t, o, d, shading = (beside(sigma, x) for x in LIGHT)
     return m.composite_lit(sigma, albedo, gradient, t, dt, PACKED, o, d, shading)[:5]
 
 
@@ -86,10 +89,49 @@ def _occupancy(m, ema, density):
 
 
 def _adam(m, *tensors):
-    param, grad, exp_avg, exp_avg_sq = copy.deepcopy(tensors)
+    param, grad, exp_avg, exp_avg_sq = (t.clone() for t in tensors)
     step, skipped = torch.tensor([3]), torch.zeros(1, dtype=torch.int32)
     m.adam_step(param, grad, exp_avg, exp_avg_sq, step, skipped, 0.01, 0.9, 0.99, 1e-8)
     return param, exp_avg, exp_avg_sq
+
+
+CASES = cases()
+SMOOTH = [name for name, (_, _, differentiable) in CASES.items() if differentiable]
+IN_PLACE = ["adam_step", "occupancy_update"]
+TWICE = ("frequency_encode", "hash_encode", "mlp")
+
+
+def case(name, dtype=torch.float64):
+    """The op as a function of tensors alone, and tensors for it."""
+    function, tensors, _ = CASES[name]
+    return lambda *t: function(ops, *t), [t.to(dtype) for t in tensors]
+
+
+def as_tuple(x) -> tuple:
+    return tuple(x) if isinstance(x, (tuple, list)) else (x,)
+
+
+def assert_all(compare, got, want):
+    for a, b in zip(as_tuple(got), as_tuple(want), strict=True):
+        assert compare(a, b), (a, b)
+
+
+def energy(op):
+    """A number of the op's results that weighs every element differently."""
+
+    def function(*tensors):
+        results = [r for r in as_tuple(op(*tensors)) if r.is_floating_point()]
+        return sum(
+            (r.square() * torch.linspace(1, 2, r.numel()).to(r.dtype).reshape(r.shape)).sum()
+            for r in results
+        )
+
+    return function
+
+
+def gradients(function, tensors, create_graph=False):
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    return torch.autograd.grad(function(*leaves), leaves, create_graph=create_graph)
 
 
 def error(function, tensors, dtype: torch.dtype) -> float:

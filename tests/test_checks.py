@@ -30,6 +30,7 @@ from dreamfusion_fast.config import CameraConfig, preset
         ("shading.diffuse", -1, "expected at least 0, got -1"),
         ("shading.light_distance", [1.5, 0.8], r"expected \(low, high\)"),
         ("render.normals", "numeric", "expected one of analytic, finite, got 'numeric'"),
+        ("render.rows", 0, "expected at least 1, got 0"),
         ("render.epsilon", 0, "expected more than 0, got 0"),
         ("loss.opacity", [0.1, 0.1, 2], "schedules past the last step"),
         ("optimizer.name", "sgd", "expected one of adam, adan, shampoo"),

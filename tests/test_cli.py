@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dreamfusion_fast.train import folder_state
+from dreamfusion_fast.checkpoint import folder_state
 
 
 def run(*args, **options):
@@ -85,6 +85,38 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, args, words):
     lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and words in lines[0], result.stderr
     assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "args, unneeded",
+    [
+        (["--help"], "torch"),
+        (["generate", ""], "torch"),
+        (["generate", "a red car", "--steps", "0"], "torch"),
+        (["generate", "a red car", "--out", "."], "torch"),
+        (["generate", "a red zebra"], "diffusers"),
+        (["generate", "a red car", "--device", "tpu"], "diffusers"),
+        (["generate", "a red car", "--set", "loss.entropy=-1"], "diffusers"),
+        (["doctor"], "diffusers"),
+    ],
+)
+def test_nobody_waits_for_imports_that_are_not_needed(tmp_path, args, unneeded):
+    """A refusal takes a moment: torch takes one second to import, diffusers several."""
+    (tmp_path / "thesis.txt").write_text("precious")
+    program = f"""
+import atexit, sys
+from dreamfusion_fast.cli import main
+atexit.register(lambda: print("imported:", {unneeded!r} in sys.modules))
+sys.argv[1:] = {args!r}
+main()
+"""
+    path = os.pathsep.join(p for p in sys.path if p)
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert "imported: False" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == (2 if "generate" in args else 0)
 
 
 def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path):

@@ -1,5 +1,9 @@
 """What the ops share: the random numbers of common.h and the checks of _backend.py."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -30,6 +34,37 @@ def test_instruction_sets():
     assert _cpu.isa() == _cpu.isas()[-1] and _cpu.isas()[0] == "portable"
     with pytest.raises(ValueError, match="portable"):
         _cpu.use_isa("sse")
+
+
+KEEP = """
+import ctypes, importlib.util, resource, sys
+spec = importlib.util.spec_from_file_location("_cpu", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+def left(size=1 << 26):
+    before, memory = resident(), libc.malloc(size)
+    ctypes.memset(memory, 1, size)
+    libc.free(memory)
+    return (resident() - before) / size
+
+print(left(), module.keep_memory(), left())
+"""
+
+
+def test_keep_memory():
+    """64 MiB are given back when freed, before the call and not after it."""
+    command = [sys.executable, "-c", KEEP, _cpu.__file__]
+    before, kept, after = subprocess.check_output(command, text=True).split()
+    assert kept == str(platform.libc_ver()[0] == "glibc")
+    assert float(before) < 0.1 and (kept == "False" or float(after) > 0.9)
 
 
 def test_threads_follow_torch():

@@ -44,7 +44,8 @@ def test_for_every_architecture_and_linked_to_no_library():
 
 def test_has_every_kernel_of_the_cpu():
     functions = {n for n in dir(_cpu) if callable(getattr(_cpu, n))}
-    settings = {"isa", "isas", "max_threads", "set_num_threads", "uniform01", "use_isa"}
+    settings = {"isa", "isas", "keep_memory", "max_threads", "set_num_threads", "uniform01"}
+    settings.add("use_isa")
     assert functions - settings <= set(dir(_cuda))
     for name in functions - settings:
         assert getattr(_cuda, name).__doc__ == getattr(_cpu, name).__doc__, name

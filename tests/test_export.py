@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import imageio.v2 as imageio
 import numpy as np
@@ -203,9 +202,8 @@ class FakeRenderer(nn.Module):
         shade = (cameras.azimuth / (2 * math.pi))[:, None, None, None] + self.field.anchor
         image = shade.expand(n, 3, size, size) * float(count <= self.capacity)
         flat = torch.ones(n, size, size)
-        samples = SimpleNamespace(count=torch.tensor([count]))
         normal = None if shading is None else torch.stack((flat, -flat, 0 * flat), 1)
-        return Rendering(image, flat, flat, flat, samples, self.capacity, normal)
+        return Rendering(image, flat, flat, torch.tensor([count]), self.capacity, normal)
 
     def fit_capacity(self, count):
         self.capacity = count * 5 // 4

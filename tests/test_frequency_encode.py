@@ -170,7 +170,8 @@ def test_thread_count_does_not_matter(rng):
     )
 
 
-def test_registration(device, rng):
+def test_registration(rng):
+    device = torch.device("cpu")
     x, variance = points(rng, 9, 3, device=device), variances(rng, 9, device=device)
     count = torch.tensor([4], dtype=torch.int32, device=device)
     check_registration("frequency_encode", frequency_encode, x, 3, None, None)
@@ -178,7 +179,8 @@ def test_registration(device, rng):
 
 
 @pytest.mark.parametrize("integrated", [False, True])
-def test_gradient_registration(device, integrated, rng):
+def test_gradient_registration(integrated, rng):
+    device = torch.device("cpu")
     x, variance, count = points(rng, 9, 3, device=device), None, None
     if integrated:
         variance = variances(rng, 9, device=device)

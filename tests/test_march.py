@@ -187,7 +187,8 @@ def test_no_gradient(device, rng):
     assert not any(x.requires_grad for x in march(o.requires_grad_(), *rest, 0.1, 100, 1))
 
 
-def test_registration(device, rng):
+def test_registration(rng):
+    device = torch.device("cpu")
     inputs = scene(rng, 9, device=device)
     tensor = torch.tensor([3], device=device)
     check_registration("march", march, *inputs, 0.1, 100, tensor, True)
@@ -242,6 +243,9 @@ def test_bad_rays(device, dtype, name, value, message, rng):
         ("capacity", 0, ValueError, "`capacity`: expected 1 to 2147483647, got 0"),
         ("seed", torch.zeros(1), TypeError, "`seed`: expected int64 tensor"),
         ("seed", 0.5, TypeError, "`seed`: expected int or int64 tensor .* got float"),
+        ("limit", torch.zeros(3).int(), ValueError, r"`limit`: .* \(4,\), got int32 \(3,\)"),
+        ("limit", torch.zeros(4), TypeError, "`limit`: expected int32"),
+        ("first_ray", -1, ValueError, "`first_ray`: expected 0 to 4294967292, got -1"),
     ],
 )
 def test_bad_input(name, value, error, message):
@@ -252,3 +256,23 @@ def test_bad_input(name, value, error, message):
     }  # fmt: skip
     with pytest.raises(error, match=message):
         march(**{**arguments, name: value})
+
+
+def test_limit(device, dtype, rng):
+    """A ray has its nearest samples, as many as it may have; none where that is none."""
+    inputs = scene(rng, 203, 16, dtype, device)
+    limit = torch.randint(-1, 5, (203,), generator=rng).int().to(device)
+    limit[::7] = 2**31 - 1
+    out = check(*inputs, 0.05, 1 << 14, 3, True, limit)
+    every = march(*inputs, 0.05, 1 << 14, 3).packed[:, 1]
+    assert torch.equal(out.packed[:, 1], torch.minimum(every, limit.clamp(min=0)))
+
+
+def test_parts_are_jittered_as_the_whole(device, rng):
+    *rays, bits, g, bound = scene(rng, 101, device=device)
+    whole = in_order(march(*rays, bits, g, bound, 0.05, 1 << 14, 3))
+    part = [x[40:] for x in rays]
+    got = in_order(march(*part, bits, g, bound, 0.05, 1 << 14, 3, first_ray=40))
+    rows = int(got.count)
+    assert rows and torch.equal(got.t[:rows], whole.t[: whole.count][-rows:])
+    assert_same(got, reference.march(*part, bits, g, bound, 0.05, 1 << 14, 3, first_ray=40))

@@ -174,7 +174,8 @@ def test_thread_count_does_not_matter(rng):
     )
 
 
-def test_registration(device, rng):
+def test_registration(rng):
+    device = torch.device("cpu")
     x, params = make(rng, 9, [9, 16, 5], True, torch.float32, device)
     count = torch.tensor([4], dtype=torch.int32, device=device)
     check_registration("mlp", mlp, x, params, [9, 16, 5], "relu", True, None, None)

@@ -2,6 +2,7 @@
 
 import gc
 import resource
+import sys
 
 import pytest
 import torch
@@ -70,14 +71,20 @@ def test_the_guard_catches(wait):
 
 @pytest.mark.parametrize("background", ["random", "environment", "solid", "learned"])
 @pytest.mark.parametrize("settings", [{}, {"scale": 0.0}, {"perp_neg": 1.0, "rescale": 0.5}])
-def test_a_step_never_waits(tmp_path, background, settings):
+@pytest.mark.parametrize("rows", [1 << 20, 1000])
+def test_a_step_never_waits(tmp_path, monkeypatch, background, settings, rows):
+    monkeypatch.setattr(
+        sys.modules["dreamfusion_fast.ops.render"], "trimmed", lambda samples: samples
+    )  # as on a GPU
     config = tiny(steps=10, accumulate=2)
     config.render.background = background
     for name, value in settings.items():
         setattr(config.guidance, name, value)
     config.field.coarse_levels = 2
-    some = (0.0, 0.1, 1.0)
-    config.loss = LossConfig(entropy=some, distortion=some, normal_smoothness=some)
+    config.render.rows, some = rows, (0.0, 0.1, 1.0)
+    config.loss = LossConfig(entropy=some, normal_smoothness=some)
+    if rows > 1000:
+        config.loss.distortion = some  # never in batches
     trainer = Trainer(config, tmp_path, Orange())
     trainer._step()
     guards = {}

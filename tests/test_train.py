@@ -145,9 +145,29 @@ def test_a_regularizer_falls_where_it_weighs(tmp_path, name):
         trainer, _ = finish(config, tmp_path / str(weight))
         trainer.regularizers = {name}
         with torch.no_grad():
-            rendering = trainer.renderer(camera.orbit([0.0, 90.0], 20.0, 1.25, 1.0), 0)
+            cameras = camera.orbit([0.0, 90.0], 20.0, 1.25, 1.0)
+            rendering = trainer.renderer(cameras, 0, keep_samples=True)
             values.append(float(trainer._regularize(rendering, torch.ones(7))[name]))
     assert values[1] < 0.7 * values[0], values
+
+
+@pytest.mark.parametrize("settings", [{}, {"shading.lit": 1.0}, {"loss.distortion": 1.0}])
+def test_batches_make_the_same_step(tmp_path, settings):
+    """But for roundings; and nothing is lost, whatever the capacity."""
+    fields = []
+    for name, rows in (("whole", 1 << 20), ("batches", 700)):
+        config = tiny(steps=2)
+        for setting, value in {
+            **settings,
+            "render.rows": rows,
+            "shading.ambient_until": 0.0,
+        }.items():
+            config.change(setting, value)
+        trainer, metrics = finish(config, tmp_path / name)
+        assert trainer.renderer.batched == (name == "batches")
+        assert metrics[0]["samples"] > 1400 and metrics[0]["samples_lost"] == 0
+        fields.append(trainer.renderer.field.weights.detach())
+    torch.testing.assert_close(fields[1], fields[0], rtol=1e-4, atol=1e-6)
 
 
 def test_metrics_tell_where_time_goes(tmp_path):

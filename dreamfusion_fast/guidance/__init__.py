@@ -46,7 +46,9 @@ def load(
     from .. import toybox  # it builds on this module
 
     if name == "exemplar":
-        return toybox.ExemplarGuidance(device)
+        from ..toybox.exemplar import ExemplarGuidance
+
+        return ExemplarGuidance(device)
     if name == "clip":
         from .clip import ClipGuidance
 

@@ -14,14 +14,19 @@ from .mlp import mlp, mlp_gradient, mlp_parameters
 from .occupancy import occupancy_points, occupancy_update
 from .radiance import radiance
 from .rays import generate_rays, ray_box_intersect, ray_sphere_intersect
+from .render import Composited, Grid, Rays, composite_samples, render, visible_samples
 from .spherical_harmonics import spherical_harmonics
 
 __all__ = [
     "Adam",
+    "Composited",
+    "Grid",
+    "Rays",
     "Samples",
     "adam_step",
     "composite",
     "composite_lit",
+    "composite_samples",
     "frequency_encode",
     "frequency_encode_gradient",
     "generate_rays",
@@ -38,5 +43,7 @@ __all__ = [
     "radiance",
     "ray_box_intersect",
     "ray_sphere_intersect",
+    "render",
     "spherical_harmonics",
+    "visible_samples",
 ]

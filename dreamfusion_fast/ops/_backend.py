@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from itertools import zip_longest
+
 import torch  # first: the kernels then share torch's OpenMP runtime and its thread setting
 
 from .. import _cpu
+from ._autograd import SUPPORTED, Derivative, autograd_kernel, vmap_rule
 
 try:
     from .. import _cuda
@@ -17,19 +22,66 @@ FLOATS = (torch.float32, torch.float64)
 SCALARS = (*FLOATS, torch.float16)
 
 
+_derivatives: dict[str, Derivative] = {}
+
+
 def register(schema: str, kernel, fake) -> None:
-    """Register an op: its schema, the function that runs it on CPU and CUDA, and its fake."""
+    """Register an op: its schema, the function that runs it on CPU and CUDA, and its fake. It has
+    no derivative until `register_backward`; an op that only writes into its arguments never."""
     name = lib.define(schema, tags=torch.Tag.pt2_compliant_tag)
     lib.impl(name, kernel, "CPU")
     lib.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"dreamfusion_fast::{name}", fake, lib=lib)
+    op = getattr(torch.ops.dreamfusion_fast, name).default
+    if SUPPORTED and op._schema.returns:
+        _derivatives[name] = Derivative(name)
+        autograd = autograd_kernel(op, kernel, _derivatives[name])
+        lib.impl(name, autograd, "Autograd", with_keyset=True)
+    torch.library.register_vmap(f"dreamfusion_fast::{name}", vmap_rule(op), lib=lib)
 
 
 def register_backward(name: str, backward, save) -> None:
-    """Register the derivative of op `name`: `save` keeps tensors, `backward` uses them."""
-    torch.library.register_autograd(
-        f"dreamfusion_fast::{name}", backward, setup_context=save, lib=lib
-    )
+    """Set the derivative of op `name`: `save` keeps tensors, `backward` uses them."""
+    if SUPPORTED:
+        _derivatives[name].backward, _derivatives[name].save = backward, save
+    else:
+        full = f"dreamfusion_fast::{name}"
+        torch.library.register_autograd(full, backward, setup_context=save, lib=lib)
+
+
+def autocast(half: str | None = None):
+    """The ops' one rule for torch.autocast: inside it they work in float32. Tensors of lower
+    precision are cast up, but for float16 copies (arguments *_half), of which the caller decides:
+    beside such a copy the argument named `half` is cast to float16, as the op then wants it. Ops
+    that write into their arguments have no such rule: they would write into a copy."""
+
+    def decorate(function):
+        names = tuple(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def op(*args, **kwargs):
+            if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+                given = {**kwargs, **dict(zip(names, args))}
+                copied = any(k.endswith("_half") and v is not None for k, v in given.items())
+                wanted = {k: torch.float32 for k in names if not k.endswith("_half")}
+                wanted |= {half: torch.float16} if copied and half else {}
+                args = [_cast(v, wanted.get(k)) for k, v in zip_longest(names[: len(args)], args)]
+                kwargs = {k: _cast(v, wanted.get(k)) for k, v in kwargs.items()}
+            return function(*args, **kwargs)
+
+        # A code object of its own: torch.compile counts a function's recompilations by it.
+        op.__code__ = op.__code__.replace(co_name=function.__name__)
+        return op
+
+    return decorate
+
+
+def _cast(value, dtype: torch.dtype | None):
+    """A tensor for which torch.autocast is on and which has less than float64, as dtype."""
+    if dtype is None or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    on = torch.is_autocast_enabled(value.device.type) and value.dtype != torch.float64
+    return value.to(dtype) if on else value
 
 
 def kernels(tensor: torch.Tensor):
@@ -105,7 +157,10 @@ def _fits(actual: tuple, shape: tuple) -> bool:
         actual = actual[len(actual) - len(shape) :] if len(actual) >= len(shape) else (None,)
     if len(actual) != len(shape):
         return False
-    return all(isinstance(s, str) or a == s for a, s in zip(actual, shape, strict=True))
+    for a, s in zip(actual, shape):
+        if a != s and not isinstance(s, str):
+            return False
+    return True
 
 
 def _expected(name: str, dtypes: tuple, shape: tuple | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ._backend import (
+    autocast,
     check_range,
     check_tensor,
     kernels,
@@ -16,6 +17,7 @@ from ._backend import (
 )
 
 
+@autocast()
 def composite(
     sigma: torch.Tensor,
     rgb: torch.Tensor,
@@ -135,6 +137,7 @@ register_backward("composite", _differentiate, _save)
 
 
 # ---- lit ----------------------------------------------------------------------------------------
+@autocast()
 def composite_lit(
     sigma: torch.Tensor,
     albedo: torch.Tensor,
@@ -202,7 +205,7 @@ def composite_lit(
 
 
 def _lit_sizes(sigma, packed, shading):
-    return packed.shape[0], sigma.shape[0], packed.shape[0] // shading.shape[0]
+    return packed.shape[0], sigma.shape[0], 3, packed.shape[0] // shading.shape[0]
 
 
 def _lit_empty(sigma, albedo, gradient, t, dt, packed, rays_o, rays_d, shading, early_stop):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ._backend import (
+    autocast,
     check_count,
     check_range,
     check_tensor,
@@ -17,6 +18,7 @@ from ._backend import (
 )
 
 
+@autocast()
 def frequency_encode(
     x: torch.Tensor,
     n_frequencies: int,
@@ -44,6 +46,7 @@ def frequency_encode(
     return torch.ops.dreamfusion_fast.frequency_encode(x, n_frequencies, variance, count)
 
 
+@autocast()
 def frequency_encode_gradient(
     grad_out: torch.Tensor,
     x: torch.Tensor,

@@ -7,6 +7,7 @@ import math
 import torch
 
 from ._backend import (
+    autocast,
     check_count,
     check_range,
     check_tensor,
@@ -73,6 +74,7 @@ def _resolutions(scales, n_levels, base, finest):
     return resolutions
 
 
+@autocast()
 def hash_encode(
     x: torch.Tensor,
     table: torch.Tensor,
@@ -131,6 +133,7 @@ def hash_encode(
     )  # fmt: skip
 
 
+@autocast("grad_out")
 def hash_encode_gradient(
     grad_out: torch.Tensor,
     x: torch.Tensor,
@@ -219,7 +222,7 @@ def _forward(
     kernels(x).hash_encode_forward(
         scalar(table), ptr(x), ptr(table), ptr(out), ptr(count), x.shape[0], n_levels,
         table.shape[1], interpolation == "smoothstep",
-        *_levels(n_levels, base, finest, log2_size, scales), stream(x),
+        bool(scales), _levels(n_levels, base, finest, log2_size, scales), stream(x),
     )  # fmt: skip
     return out
 
@@ -242,7 +245,8 @@ def _backward(
     kernels(x).hash_encode_backward(
         scalar(table), ptr(x), ptr(table), ptr(grad_out), ptr(grad_x) if needs_x else 0,
         ptr(grad_table) if needs_table else 0, ptr(count), x.shape[0], n_levels, table.shape[1],
-        interpolation == "smoothstep", *_levels(n_levels, base, finest, log2_size, scales),
+        interpolation == "smoothstep", bool(scales),
+        _levels(n_levels, base, finest, log2_size, scales),
         stream(x),
     )  # fmt: skip
     return grad_x, grad_table
@@ -271,7 +275,7 @@ def _second(
         scalar(table), *map(ptr, (x, table, grad_out, tangent)),
         *(ptr(t) if needed else 0 for t, needed in zip(grads, needs)), ptr(count), x.shape[0],
         n_levels, features, interpolation == "smoothstep",
-        *_levels(n_levels, base, finest, log2_size, scales), stream(x),
+        bool(scales), _levels(n_levels, base, finest, log2_size, scales), stream(x),
     )  # fmt: skip
     return grads
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._backend import check_range, check_tensor, kernels, ptr, register, scalar, stream
+from ._backend import autocast, check_range, check_tensor, kernels, ptr, register, scalar, stream
 
 EDGE = 8  # cells along the edge of a block that is jumped over when empty
 SMALLEST = 1e-18  # of a length: the reciprocal of its square is still a float32
@@ -29,6 +29,7 @@ class Samples(NamedTuple):
     count: torch.Tensor  # (1,) int32
 
 
+@autocast()
 def march(
     rays_o: torch.Tensor,
     rays_d: torch.Tensor,
@@ -41,6 +42,8 @@ def march(
     capacity: int,
     seed: int | torch.Tensor,
     jitter: bool = True,
+    limit: torch.Tensor | None = None,
+    first_ray: int = 0,
 ) -> Samples:
     """Place one sample in each bin of every ray (NeRF, Mildenhall et al. 2020, eq. 2), and keep
     those in occupied cells (instant-ngp, Müller et al. 2022, appendix E.1).
@@ -68,6 +71,9 @@ def march(
         capacity: rows of the results, 1 to 2^31 - 1.
         seed: of the jitter; an int64 tensor (1,) may be changed between replays of a CUDA graph.
         jitter: place samples at random in their bins, or in the middle.
+        limit: (R,) int32, how many samples each ray may have, its nearest ones; None: all.
+        first_ray: number of the first ray, 0 to 2^32 - R: a part of the rays is jittered as in a
+            call with all of them.
     Returns:
         Samples: positions, t and dt in the dtype of rays_o, packed and count.
     Raises:
@@ -86,13 +92,16 @@ def march(
     check_range("bound", bound, SMALLEST, LARGEST)
     check_range("step", step, SMALLEST, LARGEST)
     check_range("capacity", capacity, 1, 2**31 - 1)
+    check_tensor("limit", limit, torch.int32, (n,), rays_o.device, optional=True)
+    check_range("first_ray", first_ray, 0, 2**32 - n)
     seed = seed_tensor(seed, rays_o.device)
     with torch.no_grad():
         return Samples(
             *torch.ops.dreamfusion_fast.march(
-                rays_o, rays_d, near, far, bitfield, resolution, bound, step, capacity, seed, jitter
+                rays_o, rays_d, near, far, bitfield, resolution, bound, step, capacity, seed,
+                jitter, limit, first_ray,
             )
-        )
+        )  # fmt: skip
 
 
 def check_resolution(resolution: int) -> None:
@@ -115,13 +124,19 @@ def seed_tensor(seed: int | torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
-def _empty(rays_o, rays_d, near, far, bitfield, resolution, bound, step, capacity, seed, jitter):
+def _empty(
+    rays_o, rays_d, near, far, bitfield, resolution, bound, step, capacity, seed, jitter,
+    limit=None, first_ray=0,
+):  # fmt: skip
     rows = [rays_o.new_empty(shape) for shape in ((capacity, 3), (capacity,), (capacity,))]
     packed = rays_o.new_empty((rays_o.shape[0], 2), dtype=torch.int32)
     return *rows, packed, rays_o.new_empty((1,), dtype=torch.int32)
 
 
-def _march(rays_o, rays_d, near, far, bitfield, resolution, bound, step, capacity, seed, jitter):
+def _march(
+    rays_o, rays_d, near, far, bitfield, resolution, bound, step, capacity, seed, jitter,
+    limit=None, first_ray=0,
+):  # fmt: skip
     out = _empty(
         rays_o, rays_d, near, far, bitfield, resolution, bound, step, capacity, seed, jitter
     )
@@ -130,16 +145,16 @@ def _march(rays_o, rays_d, near, far, bitfield, resolution, bound, step, capacit
     counter = seed.new_empty(2)
     kernels(rays_o).march(
         scalar(rays_o),
-        *map(ptr, (rays_o, rays_d, near, far, bitfield, seed, *out, first, blocks, counter)),
-        rays_o.shape[0], capacity, resolution, bound, step, jitter, stream(rays_o),
+        *map(ptr, (rays_o, rays_d, near, far, bitfield, seed, limit, *out, first, blocks, counter)),
+        rays_o.shape[0], capacity, first_ray, resolution, bound, step, jitter, stream(rays_o),
     )  # fmt: skip
     return out
 
 
 register(
     "march(Tensor rays_o, Tensor rays_d, Tensor near, Tensor far, Tensor bitfield,"
-    " SymInt resolution, float bound, float step, SymInt capacity, Tensor seed, bool jitter)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " SymInt resolution, float bound, float step, SymInt capacity, Tensor seed, bool jitter,"
+    " Tensor? limit=None, SymInt first_ray=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _march,
     _empty,
 )

@@ -8,6 +8,7 @@ import torch
 
 from ._backend import (
     FLOATS,
+    autocast,
     check_count,
     check_range,
     check_tensor,
@@ -36,6 +37,7 @@ def mlp_parameters(widths: list[int], bias: bool = False) -> int:
     return sum((i + bool(bias)) * o for i, o in itertools.pairwise(widths))
 
 
+@autocast("x")
 def mlp(
     x: torch.Tensor,
     params: torch.Tensor,
@@ -77,6 +79,7 @@ def mlp(
     return torch.ops.dreamfusion_fast.mlp(x, params, widths, activation, bias, count, params_half)
 
 
+@autocast()
 def mlp_gradient(
     grad_out: torch.Tensor,
     x: torch.Tensor,
@@ -129,7 +132,7 @@ def _empty(x, params, widths, activation, bias, count, params_half):
 
 def _forward(x, params, widths, activation, bias, count, params_half):
     shape = widths, bias, activation == "silu"
-    if params_half is not None and not kernels(x).mlp_half_fits(*shape):
+    if params_half is not None and not kernels(x).mlp_half_fits(shape):
         raise ValueError(
             "argument `widths`: expected, for float16, one hidden layer or more, widths of at most"
             f" 128 and about 40000 parameters, got {list(widths)}"
@@ -137,7 +140,7 @@ def _forward(x, params, widths, activation, bias, count, params_half):
     out = _empty(x, params, widths, activation, bias, count, params_half)
     kernels(x).mlp_forward(
         scalar(x), ptr(x), ptr(params if params_half is None else params_half), ptr(out),
-        ptr(count), x.shape[0], *shape, stream(x),
+        ptr(count), x.shape[0], shape, stream(x),
     )  # fmt: skip
     return out
 
@@ -156,12 +159,12 @@ def _backward(
         grad_out, x, params, widths, activation, bias, count, params_half, needs_x, needs_params
     )
     shape = widths, bias, activation == "silu"
-    size = kernels(x).mlp_workspace(scalar(x), x.shape[0], *shape, needs_params, False)
+    size = kernels(x).mlp_workspace(scalar(x), x.shape[0], shape, needs_params, False)
     workspace = params.new_empty(size)
     kernels(x).mlp_backward(
         scalar(x), ptr(x), ptr(params if params_half is None else params_half), ptr(grad_out),
         ptr(grad_x) if needs_x else 0, ptr(grad_params) if needs_params else 0, ptr(workspace),
-        ptr(count), x.shape[0], *shape, stream(x),
+        ptr(count), x.shape[0], shape, stream(x),
     )  # fmt: skip
     return grad_x, grad_params
 
@@ -183,12 +186,12 @@ def _second(
         tangent, grad_out, x, params, widths, activation, bias, count, *needs
     )  # fmt: skip
     shape = widths, bias, activation == "silu"
-    size = kernels(x).mlp_workspace(scalar(x), x.shape[0], *shape, needs_params, True)
+    size = kernels(x).mlp_workspace(scalar(x), x.shape[0], shape, needs_params, True)
     workspace = x.new_empty(size)
     kernels(x).mlp_second(
         scalar(x), *map(ptr, (x, params, grad_out, tangent)),
         *(ptr(t) if needed else 0 for t, needed in zip(grads, needs)), ptr(workspace), ptr(count),
-        x.shape[0], *shape, stream(x),
+        x.shape[0], shape, stream(x),
     )  # fmt: skip
     return grads
 

@@ -6,6 +6,7 @@ import torch
 
 from ._backend import (
     FLOATS,
+    autocast,
     check_count,
     check_range,
     check_tensor,
@@ -20,6 +21,7 @@ from ._backend import (
 LARGEST = 1e6
 
 
+@autocast()
 def radiance(
     out: torch.Tensor,
     positions: torch.Tensor,

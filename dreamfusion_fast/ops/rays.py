@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ._backend import (
+    autocast,
     check_range,
     check_tensor,
     kernels,
@@ -19,6 +20,7 @@ LARGEST = 1e18  # of a length: its square is still a float32
 SMALLEST = 1e-18
 
 
+@autocast()
 def generate_rays(
     c2w: torch.Tensor, focal: torch.Tensor, height: int, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,6 +47,7 @@ def generate_rays(
     return torch.ops.dreamfusion_fast.generate_rays(c2w, focal, height, width)
 
 
+@autocast()
 def ray_sphere_intersect(
     rays_o: torch.Tensor, rays_d: torch.Tensor, radius: float, min_distance: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,6 +69,7 @@ def ray_sphere_intersect(
     return torch.ops.dreamfusion_fast.ray_sphere_intersect(rays_o, rays_d, radius, min_distance)
 
 
+@autocast()
 def ray_box_intersect(
     rays_o: torch.Tensor, rays_d: torch.Tensor, bound: float, min_distance: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:

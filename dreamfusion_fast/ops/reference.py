@@ -245,13 +245,14 @@ def hash_encode_gradient(grad_out, x, table, *layout, **options):
 # ---- march --------------------------------------------------------------------------------------
 @torch.no_grad()
 def march(
-    rays_o, rays_d, near, far, bitfield, resolution, bound, step, capacity, seed, jitter=True
-):
+    rays_o, rays_d, near, far, bitfield, resolution, bound, step, capacity, seed, jitter=True,
+    limit=None, first_ray=0,
+):  # fmt: skip
     """Every bin of every ray, one after another: near + (i + u) step, kept if its cell is set."""
     step = near.new_tensor(step)  # a tensor, for rounding like the kernels
     bins = ((far - near) / step).ceil().clamp(min=0)[:, None]
     i = torch.arange(int(bins.max()) if len(bins) else 0, device=near.device)
-    ray = torch.arange(len(near), device=near.device)[:, None]
+    ray = first_ray + torch.arange(len(near), device=near.device)[:, None]
     u = uniform01(int(seed), ray, i).to(near) if jitter else near.new_tensor(0.5)
     start = near[:, None] + i.to(near) * step
     dt = torch.minimum(far[:, None] - start, step).clamp(min=0)
@@ -262,6 +263,8 @@ def march(
     x, y, z = cell.clamp(0, resolution - 1).long().unbind(-1)
     index = (x * resolution + y) * resolution + z
     kept = inside & (bitfield[index >> 3] >> (index & 7) & 1).bool()
+    if limit is not None:
+        kept &= kept.cumsum(1) <= limit[:, None]
     ends = kept.sum(1).cumsum(0)
     starts = ends - kept.sum(1)
     fits = ends <= capacity

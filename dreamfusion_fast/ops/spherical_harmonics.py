@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ._backend import (
+    autocast,
     check_count,
     check_range,
     check_tensor,
@@ -17,6 +18,7 @@ from ._backend import (
 )
 
 
+@autocast()
 def spherical_harmonics(
     dirs: torch.Tensor, degree: int, count: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Estimators of where along rays samples are worth their cost."""
