@@ -64,7 +64,9 @@ def test_forward_and_backward(device, n, rng):
     torch.testing.assert_close(
         module.params.grad.double() / scale, params.grad / scale, **tolerance(device)
     )
-    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=2e-2, atol=2e-2)
+    # In float16 a value near ReLU's bend may fall to its other side: compared as a whole.
+    distance = (x.grad.double() - x64.grad).norm()
+    assert distance <= (0.05 if half_of(device) else 1e-4) * x64.grad.norm()
     assert module.params.grad.dtype == x.grad.dtype == torch.float32
 
 
@@ -75,9 +77,12 @@ def test_rows_do_not_depend_on_each_other(device, rng):
     torch.testing.assert_close(module(x[7:290]), whole[7:290], **tolerance(device))
 
 
-def test_second_order(device, rng):
+@pytest.mark.parametrize("loss_scale", [None, 64.0])
+def test_second_order(device, loss_scale, rng):
     """The gradient of a gradient by the points: an eikonal loss; refused in float16, as there."""
     module = make(device, output="None")
+    if loss_scale:
+        module.loss_scale = loss_scale
     x = points(rng, 20, device).requires_grad_()
     (slope,) = torch.autograd.grad(module(x).float().sum(), x, create_graph=True)
     loss = (slope.norm(dim=-1) - 1).square().mean()
@@ -96,8 +101,11 @@ def test_second_order(device, rng):
     )
 
 
-def test_second_order_of_an_encoding(device, rng):
+@pytest.mark.parametrize("loss_scale", [None, 64.0])
+def test_second_order_of_an_encoding(device, loss_scale, rng):
     module = tcnn.Encoding(3, GRID | {"interpolation": "Smoothstep"}).to(device)
+    if loss_scale:
+        module.loss_scale = loss_scale
     x = (points(rng, 20, device) + 0.0001).requires_grad_()
     (slope,) = torch.autograd.grad(module(x).float().sum(), x, create_graph=True)
     slope.square().sum().backward()
@@ -166,9 +174,9 @@ def test_state(device, rng):
 
 
 def test_seeds():
-    a, b, c = (tcnn.Encoding(2, GRID, seed=s).params for s in (1337, 1337, 7))
+    a, b, c = (tcnn.Encoding(2, GRID, seed=s).params.detach() for s in (1337, 1337, 7))
     assert torch.equal(a, b) and not torch.equal(a, c)
-    assert torch.equal(a, tcnn.Encoding(2, GRID).params)
+    assert torch.equal(a, tcnn.Encoding(2, GRID).params.detach())
     assert abs(float(a.mean())) < 1e-5 and 9e-5 < float(a.abs().max()) <= 1e-4
 
 
@@ -202,7 +210,7 @@ def test_it_learns(device, rng):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
 
 

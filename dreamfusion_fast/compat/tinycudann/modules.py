@@ -28,6 +28,19 @@ def free_temporary_memory() -> None:
         torch.cuda.empty_cache()
 
 
+class _Times(torch.autograd.Function):
+    """A gradient times a number, which what is differentiated once more does not see: second
+    derivatives, made of gradients that are scaled inside, then leave scaled as the first do."""
+
+    @staticmethod
+    def forward(ctx, grad, factor):
+        return grad * factor
+
+    @staticmethod
+    def backward(ctx, tangent):
+        return tangent, None
+
+
 class _ScaleGradient(torch.autograd.Function):
     """The tensor itself, whose gradient is multiplied by a number."""
 
@@ -38,7 +51,7 @@ class _ScaleGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad * ctx.factor, None
+        return _Times.apply(grad, ctx.factor), None
 
 
 class Module(torch.nn.Module):

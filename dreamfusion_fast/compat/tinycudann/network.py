@@ -112,7 +112,7 @@ class Mlp:
         if not half:
             return True
         shape = self.widths, False, self.activation == "SiLU"
-        return self.n_hidden > 0 and has_half(x) and kernels(x).mlp_half_fits(*shape)
+        return self.n_hidden > 0 and has_half(x) and kernels(x).mlp_half_fits(shape)
 
     def _apply_layers(self, h: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         start = 0
