@@ -25,14 +25,11 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # Registers a thread, by scalar type; a multiprocessor has 65536: 64 leave room for 1024 threads,
 # enough to hide accesses to memory. double is for tests and gradcheck, not for speed.
 CEILING = {"float": 64, "half": 64, "double": 128, "-": 64}
-CEILING_OF = {  # kernel:type, or kernel<first argument:type -> registers, and why more
+CEILING_OF = {  # kernel:type -> registers, and why more
     "composite_backward_kernel:float": 72,  # 8 channels, two gradients each; or a light, a normal
-    "hash_forward_kernel<8:float": 96,  # 8 corners of 8 features are on their way together
-    "hash_forward_kernel<8:half": 96,
-    "hash_forward_kernel<8:double": 176,
-    "hash_grad_x_kernel:float": 120,  # likewise
+    "hash_grad_x_kernel:float": 120,  # 8 corners of 8 features are on their way together
     "hash_grad_x_kernel:half": 80,
-    "hash_grad_x_kernel:double": 216,
+    "hash_grad_x_kernel:double": 216,  # to divide rows of staggered levels, too
     "mlp_backward_kernel:float": 168,  # 8 sums, and the addresses of two layers and both gradients
     "mlp_backward_kernel:double": 168,
     "mlp_forward_kernel:float": 72,
@@ -148,13 +145,7 @@ def count(kernel: Kernel, pattern: str) -> int:
 
 
 def ceiling(kernel: Kernel) -> int:
-    of_all = CEILING_OF.get(f"{kernel.base}:{kernel.scalar}", CEILING[kernel.scalar])
-    return CEILING_OF.get(narrow(kernel), of_all)
-
-
-def narrow(kernel: Kernel) -> str:
-    """Its name in CEILING_OF with its first argument."""
-    return f"{kernel.name.split(',')[0]}:{kernel.scalar}"
+    return CEILING_OF.get(f"{kernel.base}:{kernel.scalar}", CEILING[kernel.scalar])
 
 
 def matches(pattern: str, kernel: Kernel) -> bool:
@@ -179,7 +170,7 @@ def problems(kernel: Kernel) -> list[str]:
 
 def outdated(kernels: list[Kernel]) -> list[str]:
     """Lines of the tables above that are about no kernel."""
-    names = {f"{k.base}:{k.scalar}" for k in kernels} | {narrow(k) for k in kernels}
+    names = {f"{k.base}:{k.scalar}" for k in kernels}
     facts = [fact[0] for fact in FACTS if not any(matches(fact[0], k) for k in kernels)]
     return [f"no such kernel: {name}" for name in [*(CEILING_OF.keys() - names), *facts]]
 
