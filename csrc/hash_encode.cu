@@ -69,14 +69,30 @@ __device__ inline Cell<W> find_cell(vec3<W> p, const HashGrid& grid, bool smooth
           hash_axis(p.y, scale, grid.staggered, smoothstep),
           hash_axis(p.z, scale, grid.staggered, smoothstep)};
 }
-template <class W>
-__device__ inline uint32_t corner_row(const Cell<W>& c, const HashGrid& grid, int corner) {
+template <HashRows ROWS, class W>
+__device__ inline uint32_t corner_row_as(const Cell<W>& c, const HashGrid& grid, int corner) {
   const uint32_t x = c.x.cell + (corner & 1);
   const uint32_t y = c.y.cell * grid.step_y + (corner & 2 ? grid.step_y : 0);
   const uint32_t z = c.z.cell * grid.step_z + (corner & 4 ? grid.step_z : 0);
-  if (!grid.dense) return hash_row<HashRows::hashed>(x, y, z, grid.mask);
-  if (grid.staggered) return hash_row<HashRows::wrapped>(x, y, z, grid.mask);
-  return hash_row<HashRows::dense>(x, y, z, grid.mask);
+  return hash_row<ROWS>(x, y, z, grid.mask);
+}
+template <class W>
+__device__ inline uint32_t corner_row(const Cell<W>& c, const HashGrid& grid, int corner) {
+  if (!grid.dense) return corner_row_as<HashRows::hashed>(c, grid, corner);
+  if (grid.staggered) return corner_row_as<HashRows::wrapped>(c, grid, corner);
+  return corner_row_as<HashRows::dense>(c, grid, corner);
+}
+// All eight. Divisions of wrapped rows stand apart: between loads they take registers from them.
+template <class W>
+__device__ inline void corner_rows(const Cell<W>& c, const HashGrid& grid, uint32_t (&rows)[8]) {
+#pragma unroll
+  for (int k = 0; k < 8; ++k)
+    rows[k] = grid.dense ? corner_row_as<HashRows::dense>(c, grid, k)
+                         : corner_row_as<HashRows::hashed>(c, grid, k);
+  if (!grid.dense || !grid.staggered) return;
+#pragma unroll
+  for (int k = 0; k < 8; ++k)
+    if (rows[k] > grid.mask) rows[k] %= grid.mask + 1;
 }
 template <class W> __device__ inline W corner_weight(const Cell<W>& c, int corner) {
   const W x = corner & 1 ? c.x.weight : W(1) - c.x.weight;
@@ -117,10 +133,11 @@ __global__ void __launch_bounds__(THREADS) hash_forward_kernel(HashEncodeArgs<T>
     const T* const table = a.table + F * grid.offset;
     vec3<W> d;
     if constexpr (ALONG) d = weights_along(cell, x, load3(a.tangent + 3 * point), a.staggered);
+    uint32_t rows[8];
+    corner_rows(cell, grid, rows);
     W v[8][F];  // all are read before the first is used
 #pragma unroll
-    for (int k = 0; k < 8; ++k)
-      load_features<F>(table + int64_t(F) * corner_row(cell, grid, k), v[k]);
+    for (int k = 0; k < 8; ++k) load_features<F>(table + int64_t(F) * rows[k], v[k]);
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
       W weight;
@@ -168,12 +185,14 @@ __device__ inline vec3<Wide<T>> level_gradient(const HashEncodeArgs<T>& a, vec3<
   const HashGrid grid = hash_grid(a.levels, a.staggered, level);
   const Cell<W> cell = find_cell(p, grid, a.smoothstep);
   const T* const table = a.table + F * grid.offset;
+  uint32_t rows[8];
+  corner_rows(cell, grid, rows);
   W g[F], s[8];
   load_features<F>(a.grad_out + F * (a.n_levels * point + level), g);
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
     W v[F];
-    load_features<F>(table + int64_t(F) * corner_row(cell, grid, k), v);
+    load_features<F>(table + int64_t(F) * rows[k], v);
     s[k] = g[0] * v[0];
 #pragma unroll
     for (int f = 1; f < F; ++f) s[k] += g[f] * v[f];

@@ -29,7 +29,7 @@ CEILING_OF = {  # kernel:type -> registers, and why more
     "composite_backward_kernel:float": 72,  # 8 channels, two gradients each; or a light, a normal
     "hash_grad_x_kernel:float": 120,  # 8 corners of 8 features are on their way together
     "hash_grad_x_kernel:half": 80,
-    "hash_grad_x_kernel:double": 208,
+    "hash_grad_x_kernel:double": 216,  # to divide rows of staggered levels, too
     "mlp_backward_kernel:float": 168,  # 8 sums, and the addresses of two layers and both gradients
     "mlp_backward_kernel:double": 168,
     "mlp_forward_kernel:float": 72,
