@@ -37,7 +37,7 @@ class Budget:
     prepares (compilation included). cold: also measure with empty caches."""
 
     seconds: float = 0.5
-    longest: float = 2.5
+    longest: float = 3.0
     prepare: float = 120.0
     cold: bool = True
 
@@ -199,22 +199,25 @@ class Race:
         timed = [e for e in self.entries.values() if not e.problem and e.equal is not False]
         rounds = {id(e): self._count(e) for e in timed}
         for e in timed:
-            e.warm, e.cold = [], [] if self.budget.cold else None
+            e.warm, e.cold = [], [] if self._cold(e) else None
         for i in range(max(rounds.values(), default=0)):
             for e in timed if i % 2 == 0 else reversed(timed):
                 if i < rounds[id(e)] and not e.problem:
                     self._turn(e)
 
+    def _cold(self, e: Entry) -> bool:
+        return self.budget.cold and e.seconds < 5 * LONG
+
     def _count(self, e: Entry) -> int:
         """Rounds of an entry, so that its turns fit the budget but for the least rounds."""
         warm = max(LEAST, e.seconds) + (e.seconds if e.seconds < LONG else 0.0)
-        cold = e.seconds + 0.02 if self.budget.cold else 0.0
+        cold = e.seconds + 0.02 if self._cold(e) else 0.0
         return int(min(ROUNDS[1], max(ROUNDS[0], self.budget.seconds / (warm + cold))))
 
     def _turn(self, e: Entry) -> None:
         calls = int(min(200, max(1, LEAST / e.seconds)))
         requests = [(e.warm, {"do": "time", "calls": calls, "warm_up": e.seconds < LONG})]
-        if self.budget.cold:
+        if self._cold(e):
             requests.append((e.cold, {"do": "time", "calls": 1, "flush": True}))
         try:
             for times, request in requests:

@@ -154,7 +154,7 @@ class Recorder:
 
 def test_contenders_take_turns_in_alternating_order(tmp_path):
     turns = []
-    racers = [Recorder("ours", turns), Recorder("a", turns), Recorder("b", turns, seconds=1.0)]
+    racers = [Recorder("ours", turns), Recorder("a", turns), Recorder("b", turns, seconds=0.4)]
     budget = race.Budget(seconds=0.01, cold=True)
     entries = race.Race(double_problem(), False, racers, tmp_path, budget).run()
     names = [name for name, kind in turns if kind is False]
