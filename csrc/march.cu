@@ -42,6 +42,28 @@ __device__ inline int64_t take_rows(int64_t* counter, int n) {
   return __shfl_sync(FULL_WARP, start, WARP - 1) + end - n;
 }
 
+// Calls f(i, sample) for each sample of ray number `ray`, from bin `begin`, until f returns false.
+template <class T, class F>
+__device__ inline void for_samples(const Ray<T>& r, const OccupancyGrid<T>& g, bool jitter,
+                                   uint64_t seed, uint32_t ray, int begin, int end, const F& f) {
+  for (int i = begin; i < end;) {
+    const T u = jitter ? T(uniform01(seed, ray, uint32_t(i))) : T(0.5);
+    const Sample<T> s = bin_sample(r, i, u);
+    Cell c;
+    if (!find_cell(g, s.position, c)) {
+      ++i;
+    } else if (!block_occupied(g, c)) {
+      const Cell corner{c.x & -EDGE, c.y & -EDGE, c.z & -EDGE};
+      i = next_bin(r, g, i, s.position, corner, EDGE, end);
+    } else if (!occupied(g, c)) {
+      i = next_bin(r, g, i, s.position, c, 1, end);
+    } else {
+      if (!f(i, s)) return;
+      ++i;
+    }
+  }
+}
+
 template <class T> __global__ void __launch_bounds__(THREADS) march_kernel(MarchArgs<T> a) {
   const int64_t ray = global_thread();
   const bool inside = ray < a.n;

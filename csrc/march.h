@@ -166,33 +166,11 @@ DF_HD void bin_range(const Ray<T>& r, const OccupancyGrid<T>& g, int& begin, int
 
 // Samples that ray i may have.
 template <class T> DF_HD int sample_limit(const MarchArgs<T>& a, int64_t i) {
-  return a.limit ? a.limit[i] : std::numeric_limits<int>::max();
+  return a.limit ? a.limit[i] : MAX_BINS;
 }
 // The number of ray i by which it is jittered.
 template <class T> DF_HD uint32_t ray_number(const MarchArgs<T>& a, int64_t i) {
   return uint32_t(a.first_ray + i);
-}
-
-// Calls f(i, sample) for each sample of ray number `ray`, from bin `begin`, until f returns false.
-template <class T, class F>
-DF_HD void for_samples(const Ray<T>& r, const OccupancyGrid<T>& g, bool jitter, uint64_t seed,
-                       uint32_t ray, int begin, int end, const F& f) {
-  for (int i = begin; i < end;) {
-    const T u = jitter ? T(uniform01(seed, ray, uint32_t(i))) : T(0.5);
-    const Sample<T> s = bin_sample(r, i, u);
-    Cell c;
-    if (!find_cell(g, s.position, c)) {
-      ++i;
-    } else if (!block_occupied(g, c)) {
-      const Cell corner{c.x & -EDGE, c.y & -EDGE, c.z & -EDGE};
-      i = next_bin(r, g, i, s.position, corner, EDGE, end);
-    } else if (!occupied(g, c)) {
-      i = next_bin(r, g, i, s.position, c, 1, end);
-    } else {
-      if (!f(i, s)) return;
-      ++i;
-    }
-  }
 }
 
 }  // inline namespace DF_ISA

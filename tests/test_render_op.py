@@ -183,6 +183,7 @@ def test_ops_of_a_field(device, rng):
     [
         ({"rows": 0}, "`rows`: expected 1 to 2147483647, got 0"),
         ({"bins": -1}, "`bins`: expected 0 to 1048576, got -1"),
+        ({"bins": 1}, "`bins`: too small: .* samples, room for 20"),
         ({"early_stop": 2.0}, "`early_stop`: expected 0 to 1, got 2"),
         ({"shading": torch.zeros(3, 7)}, "`shading`: expected a row a view, .* 20 rays, got 3"),
     ],

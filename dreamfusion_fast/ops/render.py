@@ -121,7 +121,8 @@ def render(
         early_stop: transmittance below which a ray ends, 0 (never) to 1.
         shading: (B, 7), light of each of B views, as `composite_lit` takes it. None: as they are.
         rows: samples a batch has room for, at least; 1 to 2^31 - 1.
-        bins: the most samples that any ray can have; None: counted here.
+        bins: the most samples that any ray can have; None: counted here. Where a GPU is told too
+            few, some rays have no samples; the CPU raises ValueError.
     Returns:
         Composited: differentiable once with respect to parameters.
     Raises:
@@ -189,7 +190,10 @@ def trimmed(samples: Samples) -> Samples:
     than one row."""
     if samples.count.device.type != "cpu":
         return samples
-    rows = max(1, int(samples.count))
+    count, capacity = int(samples.count), len(samples.t)
+    if count > capacity:
+        raise ValueError(f"argument `bins`: too small: {count} samples, room for {capacity}")
+    rows = max(1, count)
     whole = samples.positions[:rows], samples.t[:rows], samples.dt[:rows]
     return Samples(*whole, samples.packed, samples.count)
 
