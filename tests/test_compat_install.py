@@ -130,3 +130,57 @@ print(nerfacc.__name__, sys.argv[0] == __file__)
     assert done.stdout == "dreamfusion_fast.compat.nerfacc True\n", done.stderr
     done = run(tmp_path, "-m", "dreamfusion_fast.compat")
     assert done.returncode != 0 and "usage" in done.stderr
+
+
+SPAWNING = """
+import multiprocessing
+import sys
+import nerfacc.volrend
+from tinycudann import Encoding
+
+def report(queue):
+    same = nerfacc.volrend.rendering is nerfacc.rendering
+    queue.put((nerfacc.__name__, Encoding.__module__, same))
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=report, args=(queue,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    print(*queue.get())
+"""
+
+
+def test_spawned_processes_find_ours(tmp_path):
+    """As the workers of a DataLoader do that is told to spawn them: nerfstudio has one."""
+    script = tmp_path / "script.py"
+    script.write_text(SPAWNING)
+    done = run(tmp_path, "-m", "dreamfusion_fast.compat", str(script))
+    ours = "dreamfusion_fast.compat"
+    assert done.stdout == f"{ours}.nerfacc {ours}.tinycudann.modules True\n", done.stderr
+
+
+def test_path_of_spawned_processes(original):
+    """It holds what was installed and nothing else; an original goes first, unless forced."""
+    check(
+        original,
+        """
+import importlib.util, sys
+from dreamfusion_fast import compat
+before = list(sys.path)
+try:
+    compat.install("tinycudann", "nerfacc")
+except RuntimeError:
+    assert sys.path == before
+compat.install("tinycudann")
+compat.install("tinycudann")
+assert sys.path[:-1] == before and "children" not in importlib.util.find_spec("nerfacc").origin
+compat.install("nerfacc", force=True)
+assert sys.path[1:-1] == before
+del sys.modules["nerfacc"]
+import nerfacc.grid
+assert nerfacc.__name__ == "dreamfusion_fast.compat.nerfacc"
+""",
+    )

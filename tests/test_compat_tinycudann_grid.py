@@ -205,13 +205,22 @@ def test_other_ways_to_say_levels():
         (3, {"hash": "Rng"}, ValueError, "hash`: expected 'CoherentPrime': the one that"),
         (3, {"stochastic_interpolation": True}, ValueError, "stochastic_interpolation`: .* not su"),
         (3, {"fixed_point_pos": True}, ValueError, "fixed_point_pos`: expected False: not suppo"),
-        (3, {"finest_resolution": 9}, ValueError, "unknown key 'finest_resolution', known: base"),
         (3, {"otype": "DenseGrid", "per_level_scale": 20}, ValueError, r"fewer than 2\^32 param"),
     ],
 )
 def test_bad_config(dims, changes, error, message):
     with pytest.raises(error, match=message):
         tcnn.Encoding(dims, SMALL | changes)
+
+
+def test_keys_of_a_program():
+    """A program's own keys in a config, as threestudio's, change nothing."""
+    plain = tcnn.Encoding(3, SMALL, seed=3)
+    ignored = "`encoding_config`: ignored unknown keys: 'start_level', 'update_steps'; known: base"
+    with pytest.warns(UserWarning, match=ignored):
+        marked = tcnn.Encoding(3, SMALL | {"start_level": 8, "update_steps": 500}, seed=3)
+    x = torch.rand(5, 3)
+    assert torch.equal(plain(x), marked(x))
 
 
 def test_n_features_of_no_level():

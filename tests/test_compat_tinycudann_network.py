@@ -201,12 +201,17 @@ def test_network_draws_before_encoding(seed):
         ({"activation": "GELU"}, ValueError, r"\.activation`: expected one of None, ReLU, .*GELU"),
         ({"output_activation": None}, TypeError, r"output_activation`: expected a string, got No"),
         ({"feedback_alignment": True}, ValueError, r"feedback_alignment`: expected False: .* no"),
-        ({"n_layers": 3}, ValueError, r"`network_config`: unknown key 'n_layers', known: .*n_neur"),
     ],
 )
 def test_bad_config(changes, error, message):
     with pytest.raises(error, match=message):
         tcnn.Network(3, 1, config(otype="FullyFusedMLP") | changes)
+
+
+def test_unknown_key():
+    with pytest.warns(UserWarning, match=r"`network_config`: ignored unknown keys: 'n_layers'; "):
+        network = tcnn.Network(3, 1, {"n_neurons": 16, "n_layers": 3})
+    assert network.params.numel() == tcnn.Network(3, 1, {"n_neurons": 16}).params.numel()
 
 
 def test_case_and_names():

@@ -10,14 +10,17 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+from pathlib import Path
 
 NAMES = ("nerfacc", "tinycudann")
+_CHILDREN = Path(__file__).resolve().parent / "children"
 
 
 def install(*names: str, force: bool = False) -> None:
     """Make `import nerfacc` and `import tinycudann` find ours, with all their submodules.
 
     Calling it again changes nothing. Either all the names are installed or, on an error, none.
+    Processes that multiprocessing starts, by whatever method, find ours too, by sys.path.
 
     Args:
         names: which of NAMES; none given: all of them.
@@ -45,6 +48,10 @@ def install(*names: str, force: bool = False) -> None:
         for key in [k for k in sys.modules if k == name or k.startswith(f"{name}.")]:
             del sys.modules[key]
         sys.modules.update(modules)
+    for name in names:
+        folder = str(_CHILDREN / name)
+        if folder not in sys.path:
+            sys.path.insert(0 if force else len(sys.path), folder)
 
 
 def _original(name: str) -> str | None:
@@ -53,7 +60,9 @@ def _original(name: str) -> str | None:
         return getattr(sys.modules[name], "__file__", None) or "already imported"
     spec = importlib.util.find_spec(name)
     # A folder of that name without an __init__.py, somewhere on the path, is no package.
-    return None if spec is None else spec.origin
+    if spec is None or spec.origin is None or _CHILDREN in Path(spec.origin).resolve().parents:
+        return None
+    return spec.origin
 
 
 def _aliases(name: str, package) -> dict:

@@ -1,15 +1,16 @@
-"""Reading of tiny-cuda-nn's JSON configs: every key is known and has a valid value, or an error
-names it."""
+"""Reading of tiny-cuda-nn's JSON configs: a key has a valid value, or an error names it; a key that
+tiny-cuda-nn has not is ignored, as there, with a warning that names it."""
 
 from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Mapping
 
 
 class Settings:
-    """A config that is read key by key; `close` refuses the keys that nobody read.
+    """A config that is read key by key; `close` warns of the keys that nobody read.
 
     Args:
         config: a mapping from names to values.
@@ -78,10 +79,14 @@ class Settings:
         return list(value)
 
     def close(self) -> None:
-        for key in self.config:
-            if key not in self.known:
-                known = ", ".join(sorted(self.known))
-                raise ValueError(f"config `{self.name}`: unknown key {key!r}, known: {known}")
+        """Programs keep keys of their own in a config, so that unknown ones are no error."""
+        unknown = [repr(key) for key in self.config if key not in self.known]
+        if unknown:
+            warnings.warn(
+                f"config `{self.name}`: ignored unknown keys: {', '.join(unknown)}; known: "
+                + ", ".join(sorted(self.known)),
+                stacklevel=2,
+            )
 
     def _know(self, key):
         if key not in self.known:

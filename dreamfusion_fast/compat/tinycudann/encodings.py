@@ -248,7 +248,7 @@ def create_encoding(n_input_dims: int, config: Mapping, name: str = "encoding_co
     """The encoding that a config describes, not padded.
 
     Raises:
-        TypeError, ValueError: a key is unknown, or a value's type or range is wrong; see Settings.
+        TypeError, ValueError: a value's type or range is wrong; see Settings.
     """
     settings = Settings(config, name)
     otype = settings.choice("otype", "OneBlob", (*KINDS, *TYPE_OF, *NRC))

@@ -48,7 +48,7 @@ class Mlp:
         n_output_dims: outputs, not padded.
         config: network_config.
     Raises:
-        TypeError, ValueError: a key is unknown, or a value's type or range is wrong.
+        TypeError, ValueError: a value's type or range is wrong.
     """
 
     def __init__(self, n_input_dims: int, n_output_dims: int, config: Mapping):
