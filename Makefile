@@ -12,7 +12,7 @@ CPP_OPTIONS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DDF_PYTHON
   -DCMAKE_INSTALL_PREFIX=$(abspath build/cpp/install)
 STEMS := $(patsubst csrc/%.cu,%,$(wildcard csrc/*.cu))
 EMULATED_TESTS := tests/test_emulation.py tests/test_field.py tests/test_field_paper.py \
-  tests/test_render_op.py tests/test_autocast.py \
+  tests/test_render_op.py tests/test_autocast.py $(wildcard tests/test_compat_[nt]*.py) \
   $(foreach stem,$(STEMS),$(wildcard tests/test_$(stem).py tests/test_$(stem)_*.py))
 
 .PHONY: demo test check kernels emulated mutation triton resources cpp instructions gpu-check \
