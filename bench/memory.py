@@ -34,7 +34,7 @@ def one(name: str, side: int) -> dict:
         problem = task.build("render", size)
         return problem, peer_torch.OPS["render"](problem.arrays, problem.settings, True)[0]
 
-    peer_torch.start(name)
+    peer_torch.start(name, keep=False)
     prepared(16)[1]()
     problem, call = prepared(side)
     if torch.cuda.is_available():

@@ -3,6 +3,7 @@ plain-torch twins) and compiled (torch.compile of these). On the GPU where there
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from types import SimpleNamespace
@@ -10,20 +11,24 @@ from types import SimpleNamespace
 import torch
 
 from bench import task, tasks
-from dreamfusion_fast import ops
+from dreamfusion_fast import _cpu, ops
 from dreamfusion_fast.ops import reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 UNFUSED = SimpleNamespace(**{k: getattr(ops, k) for k in ops.__all__ if k not in tasks.FUSED})
 MODULES = {"ours": ops, "ours-1-thread": ops, "ours-unfused": UNFUSED, "eager": reference,
            "compiled": reference}  # fmt: skip
+LIBC = ctypes.CDLL(None)
 chosen = {"name": "eager"}
 
 
-def start(name: str) -> str:
+def start(name: str, keep: bool = True) -> str:
+    """keep: freed memory, as a training run on a CPU does, eager torch's as ours."""
     if name == "ours-1-thread" and (os.environ.get("OMP_NUM_THREADS"), DEVICE.type) != ("1", "cpu"):
         raise RuntimeError(f"one thread of a CPU: expected OMP_NUM_THREADS=1, no {DEVICE.type}")
     chosen["name"] = name
+    if keep and DEVICE.type == "cpu":
+        _cpu.keep_memory()
     return torch.__version__
 
 
@@ -63,6 +68,8 @@ def release() -> None:
     torch._dynamo.reset()
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
+    elif hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
 
 
 def flush() -> None:

@@ -37,7 +37,7 @@ class Budget:
     prepares (compilation included). cold: also measure with empty caches."""
 
     seconds: float = 0.5
-    longest: float = 3.0
+    longest: float = 4.0
     prepare: float = 120.0
     cold: bool = True
 
