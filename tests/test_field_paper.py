@@ -151,9 +151,13 @@ def test_spread_is_annealed_in_place(device, rng):
         f.set_progress(torch.tensor([share]))
         assert f.spread.item() == pytest.approx(want)
     assert f.spread.data_ptr() == place and "spread" in f.state_dict()
-    sharp = f(x, normals=True)[2].norm()
+    sharp = f(x)[1]
     f.set_progress(torch.tensor([0.0]))
-    assert f(x, normals=True)[2].norm() < sharp
+    assert not torch.allclose(f(x)[1], sharp)
+    f.spread.fill_(50.0)  # no frequency is left: albedo is the same everywhere
+    wide = f(x)[1]
+    torch.testing.assert_close(wide, wide[:1].expand_as(wide))
+    assert not torch.allclose(sharp, sharp[:1].expand_as(sharp))
 
 
 def test_random_numbers_are_the_generator_s(rng):
