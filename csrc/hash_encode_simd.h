@@ -5,7 +5,6 @@
 #include "hash_encode.h"
 
 #include <cstring>
-#include <memory>
 #include <type_traits>
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the machine's are never passed
@@ -219,16 +218,23 @@ template <class T> class ByLevel {
   static constexpr int64_t LINE = 64 / sizeof(T);  // numbers a cache line
 
   // Kept for the thread's next call: new pages cost as much as filling them.
-  static T* scratch(int64_t size) {
-    thread_local std::unique_ptr<T[]> kept;
-    thread_local int64_t kept_size = 0;
-    if (size > kept_size) {
-      kept_size = 0;
-      kept.reset();  // before the larger one is made
-      kept.reset(new T[size]);
-      kept_size = size;
+  struct Kept {  // not std::unique_ptr, whose code the instruction sets would share
+    T* data = nullptr;
+    int64_t size = 0;
+    void clear() {
+      delete[] data;
+      data = nullptr, size = 0;
     }
-    return kept.get();
+    ~Kept() { clear(); }
+  };
+  static T* scratch(int64_t size) {
+    thread_local Kept kept;
+    if (size > kept.size) {
+      kept.clear();  // before the larger one is made
+      kept.data = new T[size];
+      kept.size = size;
+    }
+    return kept.data;
   }
 
   // Calls move(point, level, F, side) for squares of points and levels that cover the first n.
