@@ -266,3 +266,23 @@ HALF = X, TABLE, 1, 3, 3, 6, "linear", None
 def test_bad_input(arguments, error, message):
     with pytest.raises(error, match=message):
         hash_encode(*arguments)
+
+
+def test_points_beyond_one_scratch(rng):
+    """More points than one scratch of the CPU kernels holds (32,768 of 256 features): each point's
+    results are those of a call of its own part."""
+    grid, n = (32, 2, 64, 10), 33_000
+    x = torch.rand(n, 3, generator=rng)
+    table = torch.rand(hash_table_rows(*grid)[1][-1], 8, generator=rng)
+    weights = torch.rand(n, 256, generator=rng)
+
+    def gradients(part):
+        points, rows = x[part].requires_grad_(), table.clone().requires_grad_()
+        out = hash_encode(points, rows, *grid)
+        (out * weights[part]).sum().backward()
+        return out.detach(), points.grad, rows.grad
+
+    whole, low, high = (gradients(slice(*p)) for p in ((0, n), (0, 20_000), (20_000, n)))
+    assert torch.equal(whole[0], torch.cat((low[0], high[0])))
+    assert torch.equal(whole[1], torch.cat((low[1], high[1])))
+    torch.testing.assert_close(whole[2], low[2] + high[2], rtol=1e-4, atol=1e-3)
