@@ -10,20 +10,39 @@ namespace {
 constexpr int TILE = 4;  // features a tile
 constexpr int GRAD_TILE = VECTOR_BYTES == 64 ? 4 : 2;  // features of g, times 4 of x: by registers
 
-// Asks for rows [begin, end) of `width` numbers, soon to be read or written: what memory takes is
-// then hidden behind the arithmetic of the rows before.
-template <class T> inline void fetch(const T* rows, int width, int64_t begin, int64_t end) {
+// Memory that is soon read or written, asked for a few cache lines at a time, between the tiles: what
+// it takes is then hidden behind the arithmetic. All at once, the tiles would wait for most of it.
+class Ahead {
+ public:
+  template <class T> void add(const T* rows, int width, int64_t begin, int64_t end) {
+    if (rows && begin < end)
+      ranges_[size_++] = {reinterpret_cast<const char*>(rows + begin * width),
+                          reinterpret_cast<const char*>(rows + end * width)};
+  }
+  void step() {
 #if defined(__GNUC__)
-  const T* const stop = rows + end * width;
-  for (rows += begin * width; rows < stop; rows += 64 / sizeof(T)) __builtin_prefetch(rows);
+    for (int i = 0; i < LINES && size_ > 0; ++i) {
+      Range& range = ranges_[size_ - 1];
+      __builtin_prefetch(range.at);
+      range.at += 64;
+      if (range.at >= range.end) --size_;
+    }
 #endif
-}
+  }
+
+ private:
+  static constexpr int LINES = 4;
+  struct Range { const char *at, *end; } ranges_[5];
+  int size_ = 0;
+};
 
 // A block: ROWS rows, of which the first n are used, `padded` (whole tiles) computed.
 template <class T> struct Block {
   static constexpr int ROWS = MlpBlock<T>::rows, STEP = 2 * Simd<T>::lanes;
   int n, padded;
-  explicit Block(int64_t rows) : n(int(rows)), padded((n + STEP - 1) / STEP * STEP) {}
+  Ahead* ahead;
+  Block(int64_t rows, Ahead* ahead)
+      : n(int(rows)), padded((n + STEP - 1) / STEP * STEP), ahead(ahead) {}
 
   // Rows of `width` values to features, zero where padded; and back.
   void read(const T* rows, int width, T* values) const {
@@ -63,6 +82,7 @@ inline void multiply_tile(Block<T> block, const T* w, int64_t w_out, int64_t w_i
   constexpr int ROWS = Block<T>::ROWS, LANES = Simd<T>::lanes;
   w += first * w_out;
   for (int r = 0; r < block.padded; r += 2 * LANES) {
+    block.ahead->step();
     V low[N], high[N];
 #pragma GCC unroll 4
     for (int o = 0; o < N; ++o) low[o] = high[o] = V{} + (bias ? bias[first + o] : T(0));
@@ -107,6 +127,7 @@ template <int N, int M, class T>
 inline void add_products_tile(Block<T> block, const T* g, const T* x, int n_in, T* grad) {
   using V = Vector<T>;
   constexpr int ROWS = Block<T>::ROWS;
+  block.ahead->step();
   V acc[N * M];
 #pragma GCC unroll 16
   for (int k = 0; k < N * M; ++k) acc[k] = V{};
@@ -146,11 +167,15 @@ void add_products(Block<T> block, const T* g, int n_out, const T* x, int n_in, T
   while (o < n_out) row(std::integral_constant<int, 1>());
 }
 template <class T> void add_sums(Block<T> block, const T* g, int n_out, T* grad) {
-  for (int o = 0; o < n_out; ++o) {
-    Vector<T> total = {};
-    for (int r = 0; r < block.padded; r += Simd<T>::lanes)
-      total += load<Vector<T>>(g + o * Block<T>::ROWS + r);
-    grad[o] += sum<T>(total);
+  constexpr int ROWS = Block<T>::ROWS;
+  for (int first = 0; first < n_out; first += 4) {
+    const int n = min(4, n_out - first);
+    Vector<T> totals[4] = {};
+    for (int o = 0; o < n; ++o)
+      for (int r = 0; r < block.padded; r += Simd<T>::lanes)
+        totals[o] += load<Vector<T>>(g + (first + o) * ROWS + r);
+    if (n == 4) add_four_sums(totals, grad + first);
+    else for (int o = 0; o < n; ++o) grad[first + o] += sum<T>(totals[o]);
   }
 }
 
@@ -242,15 +267,17 @@ template <class T> struct Values {
   }
 };
 
-// What the rows after [begin, end), up to `stop`, will read, and what these will write.
-template <class T>
-void fetch_backward(const MlpArgs<T>& a, int64_t begin, int64_t end, int64_t stop) {
+// What the rows [begin, end) will write, and those after them, up to `stop`, read: first a.x.
+template <class T> Ahead ahead_of(const MlpArgs<T>& a, int64_t begin, int64_t end, int64_t stop) {
   const int inputs = a.shape.width[0], outputs = a.shape.width[a.shape.n_layers];
   const int64_t next_end = min<int64_t>(end + Block<T>::ROWS, stop);
-  fetch(a.x, inputs, end, next_end);
-  fetch(a.grad_out, outputs, end, next_end);
-  if (a.tangent) fetch(a.tangent, inputs, end, next_end);
-  if (a.grad_x) fetch(a.grad_x, inputs, begin, end);
+  Ahead ahead;
+  ahead.add(a.out, outputs, begin, end);
+  ahead.add(a.grad_x, inputs, begin, end);
+  ahead.add(a.grad_out, outputs, end, next_end);
+  ahead.add(a.tangent, inputs, end, next_end);
+  ahead.add(a.x, inputs, end, next_end);
+  return ahead;
 }
 
 // Rows [begin, begin + block.n): recompute the hidden values, then back through the layers.
@@ -261,7 +288,6 @@ void block_backward(const MlpArgs<T>& a, Block<T> block, int64_t begin, int64_t 
   Values<T> s(shape, memory);
   const T* w = a.params;
   block.read(a.x + begin * shape.width[0], shape.width[0], s.h[0]);
-  fetch_backward(a, begin, begin + block.n, stop);
   for (int l = 0; l + 1 < shape.n_layers; w += mlp_layer_parameters(shape, l++))
     layer(shape, l, block, w, s.h[l], s.h[l + 1], s.slope[l + 1]);
   const int outputs = shape.width[shape.n_layers];
@@ -297,7 +323,6 @@ void block_second(const MlpArgs<T>& a, Block<T> block, int64_t begin, int64_t st
   const T* w = a.params;
   block.read(a.x + begin * inputs, inputs, s.h[0]);
   block.read(a.tangent + begin * inputs, inputs, d.h[0]);
-  fetch_backward(a, begin, begin + block.n, stop);
   for (int l = 0; l < last; w += mlp_layer_parameters(shape, l++)) {
     const int n_in = shape.width[l], n_out = shape.width[l + 1];
     const T* const bias = shape.bias ? w + n_in * n_out : nullptr;
@@ -359,7 +384,9 @@ template <bool SECOND, class T> void backward(const MlpArgs<T>& a) {
     T* const grad_params = a.grad_params ? memory + values : nullptr;
     if (grad_params && begin < stop) fill_zero(grad_params, 0, mlp_parameters(s));
     for (int64_t first = begin; first < stop; first += ROWS) {
-      const Block<T> block(min(ROWS, stop - first));
+      const int64_t last = min(first + ROWS, stop);
+      Ahead ahead = ahead_of(a, first, last, stop);
+      const Block<T> block(last - first, &ahead);
       if constexpr (SECOND) block_second(a, block, first, stop, memory, grad_params);
       else block_backward(a, block, first, stop, memory, grad_params);
     }
@@ -386,12 +413,11 @@ template <class T> void mlp_forward(const MlpArgs<T>& a, Stream) {
     alignas(64) T values[2][MLP_MAX_WIDTH * ROWS];
     const int64_t stop = clamp(valid, begin, end);
     for (int64_t first = begin; first < stop; first += ROWS) {
-      const Block<T> block(min(ROWS, stop - first));
+      const int64_t last = min(first + ROWS, stop);
+      Ahead ahead = ahead_of(a, first, last, stop);
+      const Block<T> block(last - first, &ahead);
       const T* w = a.params;
       block.read(a.x + first * s.width[0], s.width[0], values[0]);
-      const int64_t next = first + block.n;
-      fetch(a.x, s.width[0], next, min(next + ROWS, stop));
-      fetch(a.out, outputs, first, next);
       for (int l = 0; l < s.n_layers; w += mlp_layer_parameters(s, l++))
         layer<T>(s, l, block, w, values[l % 2], values[1 - l % 2], nullptr);
       block.write(values[s.n_layers % 2], outputs, a.out + first * outputs);

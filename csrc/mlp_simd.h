@@ -3,6 +3,8 @@
 
 #include "mlp.h"
 
+#include <utility>
+
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the machine's are never passed
 
 namespace df {
@@ -58,22 +60,33 @@ template <class T> inline Quad<T> fold(const Vector<T>& v) {
 }
 #endif
 
-// to[k] += the sum of vector k, for four: each is folded to four numbers, and these are added while
-// they are transposed.
-template <class T>
-inline void add_four_sums(const Vector<T>* v, T* to) {
 #if defined(__clang__) || __GNUC__ >= 12
-  if constexpr (Simd<T>::lanes >= 4) {
-    using Q = Quad<T>;
-    const Q a = fold<T>(v[0]), b = fold<T>(v[1]), c = fold<T>(v[2]), d = fold<T>(v[3]);
-    const Q ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) +
-                 __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    const Q cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) +
-                 __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    const Q sums = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) +
-                   __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-    return store(to, load<Q>(to) + sums);
-  }
+// Shuffles within fours of lanes: lane k of each four of a, or, from 4 on, of b.
+template <class T, int A, int B, int C, int D, int... I>
+inline Vector<T> shuffle_fours(const Vector<T>& a, const Vector<T>& b,
+                               std::integer_sequence<int, I...>) {
+  constexpr int from[4] = {A, B, C, D}, lanes = Simd<T>::lanes;
+  return __builtin_shufflevector(a, b, (I / 4 * 4 + from[I % 4] % 4 + from[I % 4] / 4 * lanes)...);
+}
+template <class T, int A, int B, int C, int D>
+inline Vector<T> shuffle_fours(const Vector<T>& a, const Vector<T>& b) {
+  return shuffle_fours<T, A, B, C, D>(a, b, std::make_integer_sequence<int, Simd<T>::lanes>());
+}
+// Their sums while they are transposed: lane k of a four holds that of vector k's four.
+template <class T> inline Vector<T> sum_fours(const Vector<T>* v) {
+  const auto pair = [](const Vector<T>& a, const Vector<T>& b) {
+    return shuffle_fours<T, 0, 4, 1, 5>(a, b) + shuffle_fours<T, 2, 6, 3, 7>(a, b);
+  };
+  const Vector<T> ab = pair(v[0], v[1]), cd = pair(v[2], v[3]);
+  return shuffle_fours<T, 0, 1, 4, 5>(ab, cd) + shuffle_fours<T, 2, 3, 6, 7>(ab, cd);
+}
+#endif
+
+// to[k] += the sum of vector k, for four.
+template <class T> inline void add_four_sums(const Vector<T>* v, T* to) {
+#if defined(__clang__) || __GNUC__ >= 12
+  if constexpr (Simd<T>::lanes >= 4)
+    return store(to, load<Quad<T>>(to) + fold<T>(sum_fours<T>(v)));
 #endif
   for (int k = 0; k < 4; ++k) to[k] += sum<T>(v[k]);
 }
