@@ -109,11 +109,43 @@ def test_backward_leaves_out_what_the_early_stop_hides(rng):
     rays, grid = rays_and_grid(rng, 300, torch.float32, CPU)
     query = Fog(rng, torch.float32, CPU)
     query.offset = 4.0
-    out = render(query, query.parameters, rays, grid, 1, True, EARLY_STOP, rows=3000)
-    forward, n = sum(query.rows), len(query.rows)
+    out = render(query, query.parameters, rays, grid, 1, True, EARLY_STOP, rows=600)
+    forward = query.rows
+    query.rows = []
     out.colour.sum().backward()
-    assert len(query.rows) == 2 * n > 2 and sum(query.rows[n:]) < 0.8 * forward
-    assert max(query.rows) <= 3000
+    kept, again = forward[: -len(query.rows)], forward[-len(query.rows) :]
+    assert max(forward) <= 600 and sum(kept) <= 600 < sum(kept) + again[0]
+    assert 1 < len(again) == len(query.rows) and sum(query.rows) < 0.8 * sum(again)
+
+
+def test_nothing_is_kept_without_gradients(rng):
+    rays, grid = rays_and_grid(rng, 40, torch.float32, CPU)
+    query = Fog(rng, torch.float32, CPU)
+    modes = []
+
+    def watched(x, count):
+        modes.append(torch.is_grad_enabled())
+        return query(x, count)
+
+    with torch.no_grad():
+        render(watched, query.parameters, rays, grid, 1)
+    for p in query.parameters:
+        p.requires_grad_(False)
+    render(watched, query.parameters, rays, grid, 1)
+    assert modes and not any(modes)
+
+
+def test_backward_twice(rng):
+    """The second time nothing is kept any more."""
+    rays, grid = rays_and_grid(rng, 60, torch.float32, CPU)
+    query = Fog(rng, torch.float32, CPU)
+    out = render(query, query.parameters, rays, grid, 1, True, EARLY_STOP)
+    first = torch.autograd.grad(out.colour.sum(), query.parameters, retain_graph=True)
+    n = len(query.rows)
+    second = torch.autograd.grad(out.colour.sum(), query.parameters)
+    assert len(query.rows) == 2 * n
+    for a, b in zip(first, second, strict=True):
+        assert_close("render", a, b)
 
 
 def test_visible_samples(device, rng):

@@ -1,7 +1,8 @@
-"""March, field and composite as one op that keeps nothing of its samples.
+"""March, field and composite as one op in bounded memory.
 
-Rays go through in batches; backward makes each batch's samples again, and only those that the
-early stop let count. Memory is what one batch needs, however many rays there are.
+Rays go through in batches. The first are kept for backward, as many as have the samples of one
+batch together; backward makes the others' again, and only those that the early stop let count.
+Memory is what two batches need, however many rays there are.
 """
 
 from __future__ import annotations
@@ -120,7 +121,8 @@ def render(
         jitter: place samples at random in their bins, or in the middle.
         early_stop: transmittance below which a ray ends, 0 (never) to 1.
         shading: (B, 7), light of each of B views, as `composite_lit` takes it. None: as they are.
-        rows: samples a batch has room for, at least; 1 to 2^31 - 1.
+        rows: samples a batch has room for, at least, and that are kept for backward, at most; 1 to
+            2^31 - 1.
         bins: the most samples that any ray can have; None: counted here. Where a GPU is told too
             few, some rays have no samples; the CPU raises ValueError.
     Returns:
@@ -139,7 +141,8 @@ def render(
             f"argument `shading`: expected a row a view, their number from 1 and a divisor of the"
             f" {len(rays.o)} rays, got {len(shading)}"
         )
-    plan = _Plan(query, rays, grid, seed, jitter, early_stop, shading, rows, max(bins, 1))
+    kept = rows if torch.is_grad_enabled() else 0
+    plan = _Plan(query, rays, grid, seed, jitter, early_stop, shading, rows, max(bins, 1), kept)
     return Composited(*_Batched.apply(plan, *parameters))
 
 
@@ -156,6 +159,7 @@ class _Plan:
     shading: Tensor | None
     rows: int
     bins: int
+    kept_rows: int  # samples that may be kept for backward
 
     def batches(self) -> list[tuple[int, int]]:
         """Ranges of rays. With light none reaches from one view into the next: rays of a view share
@@ -201,13 +205,21 @@ def trimmed(samples: Samples) -> Samples:
 class _Batched(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan: _Plan, *parameters: Tensor):
-        results, limits, count = [], [], 0
+        results, kept, limits, count = [], [], [], 0
+        room = plan.kept_rows if any(ctx.needs_input_grad) else 0
         for begin, end in plan.batches():
-            samples, (colour, opacity, depth, weights, *light) = plan.batch(begin, end, None)
-            limits.append(visible_samples(weights, opacity, samples.packed, plan.early_stop))
+            with torch.set_grad_enabled(room > 0):
+                samples, outputs = plan.batch(begin, end, None)
+            colour, opacity, depth, weights, *light = (x.detach() for x in outputs)
             results.append((colour, opacity, depth, *light))
             count = count + samples.count
-        ctx.plan, ctx.limits = plan, limits
+            fits = len(samples.t) <= room
+            room = room - len(samples.t) if fits else 0
+            kept.append(outputs if fits else None)
+            limits.append(
+                None if fits else visible_samples(weights, opacity, samples.packed, plan.early_stop)
+            )
+        ctx.plan, ctx.kept, ctx.limits = plan, kept, limits
         ctx.save_for_backward(*parameters)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(count)
@@ -221,9 +233,11 @@ class _Batched(torch.autograd.Function):
         wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[1:]) if needed]
         incoming = grad_colour, grad_opacity, grad_depth, None, *grad_light  # None: weights
         total: list[Tensor | None] = [None] * len(wanted)
-        for (begin, end), limit in zip(plan.batches(), ctx.limits):
-            with torch.enable_grad():
-                _, outputs = plan.batch(begin, end, limit)
+        for i, (begin, end) in enumerate(plan.batches()):
+            outputs, ctx.kept[i] = ctx.kept[i], None  # its graph serves once
+            if outputs is None:
+                with torch.enable_grad():
+                    _, outputs = plan.batch(begin, end, ctx.limits[i])
             pairs = [
                 (out, grad[begin:end])
                 for out, grad in zip(outputs, incoming)
@@ -233,8 +247,8 @@ class _Batched(torch.autograd.Function):
                 continue
             results, grads = zip(*pairs)
             found = torch.autograd.grad(results, wanted, grads, allow_unused=True)
-            for i, grad in enumerate(found):
+            for k, grad in enumerate(found):
                 if grad is not None:
-                    total[i] = grad if total[i] is None else total[i].add_(grad)
+                    total[k] = grad if total[k] is None else total[k].add_(grad)
         found = iter(total)
         return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
