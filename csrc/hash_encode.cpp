@@ -9,12 +9,17 @@ namespace DF_ISA {
 namespace {
 
 // The features of point i's corners, by pairs: bit 0 of a pair is y.
-template <int F, class T> struct Corners {
+template <int F, HashRows ROWS, class T> struct Corners {
   typename Pair<T, F>::type at[4];
   Corners(const T* table, const Cells<T>& c, int i) {
-    for (int k = 0; k < 4; ++k)
-      at[k] = Pair<T, F>::of(load<Features<T, F>>(table + int64_t(F) * c.row[2 * k][i]),
-                             load<Features<T, F>>(table + int64_t(F) * c.row[2 * k + 1][i]));
+    for (int k = 0; k < 4; ++k) {
+      const T* const first = table + int64_t(F) * c.row[2 * k][i];
+      if constexpr (ROWS == HashRows::dense)  // neighbours in memory, too
+        at[k] = load<typename Pair<T, F>::type>(first);
+      else
+        at[k] = Pair<T, F>::of(load<Features<T, F>>(first),
+                               load<Features<T, F>>(table + int64_t(F) * c.row[2 * k + 1][i]));
+    }
   }
   // <g, features> of each corner.
   void dot(const Features<T, F>& g, T* s) const {
@@ -22,32 +27,36 @@ template <int F, class T> struct Corners {
   }
 };
 
-// The derivatives of point i's weights along its tangent.
-template <class T>
-inline vec3<T> weights_along(const HashEncodeArgs<T>& a, const Cells<T>& c, int i, int64_t point) {
-  const vec3<T> v =
-      hash_tangent(load3(a.x + 3 * point), load3(a.tangent + 3 * point), a.staggered);
-  return {c.sx[i] * v.x, c.sy[i] * v.y, c.sz[i] * v.z};
-}
+// The derivatives of the weights along the tangents, if wanted.
+template <bool ALONG, class T> struct WeightsAlong {
+  T x[BLOCK], y[BLOCK], z[BLOCK];
+  WeightsAlong(const Cells<T>& c, int n) {
+    for (int i = 0; ALONG && i < n; ++i)
+      x[i] = c.sx[i] * c.vx[i], y[i] = c.sy[i] * c.vy[i], z[i] = c.sz[i] * c.vz[i];
+  }
+};
 
 // out, and g below: of this level, from the point `begin` on.
 template <int F, HashRows ROWS, bool ALONG, class T>
 void encode(const HashEncodeArgs<T>& a, int level, int64_t begin, int64_t end, T* const out) {
   const HashGrid grid = hash_grid(a.levels, a.staggered, level);
   const T* const table = a.table + F * grid.offset;
-  for_points<ROWS, ALONG>(a, grid, begin, end, [=, &a](const Cells<T>& c, int i, int64_t point) {
-    const Corners<F, T> v(table, c, i);
-    T* const to = out + F * (point - begin);
-    if constexpr (ALONG) {
-      const vec3<T> d = weights_along(a, c, i, point);
-      const auto d0 = v.at[1] - v.at[0], d1 = v.at[3] - v.at[2];
-      const auto low = v.at[0] + c.wy[i] * d0, high = v.at[2] + c.wy[i] * d1, dz = high - low;
-      const auto z = low + c.wz[i] * dz, y = d.y * lerp(d0, d1, c.wz[i]) + d.z * dz;
-      store(to, Features<T, F>(d.x * (right(z) - left(z)) + lerp(left(y), right(y), c.wx[i])));
-    } else {
-      const auto low = lerp(v.at[0], v.at[1], c.wy[i]), high = lerp(v.at[2], v.at[3], c.wy[i]);
-      const auto z = lerp(low, high, c.wz[i]);
-      store(to, lerp(left(z), right(z), c.wx[i]));
+  for_blocks<ROWS, ALONG>(a, grid, begin, end, [=](const Cells<T>& c, int n, int64_t first) {
+    const WeightsAlong<ALONG, T> d(c, n);
+    T* to = out + F * (first - begin);
+    for (int i = 0; i < n; ++i, to += F) {
+      const Corners<F, ROWS, T> v(table, c, i);
+      if constexpr (ALONG) {
+        const auto d0 = v.at[1] - v.at[0], d1 = v.at[3] - v.at[2];
+        const auto low = v.at[0] + c.wy[i] * d0, high = v.at[2] + c.wy[i] * d1, dz = high - low;
+        const auto z = low + c.wz[i] * dz, y = d.y[i] * lerp(d0, d1, c.wz[i]) + d.z[i] * dz;
+        const auto dx = d.x[i] * (right(z) - left(z));
+        store(to, Features<T, F>(dx + lerp(left(y), right(y), c.wx[i])));
+      } else {
+        const auto low = lerp(v.at[0], v.at[1], c.wy[i]), high = lerp(v.at[2], v.at[3], c.wy[i]);
+        const auto z = lerp(low, high, c.wz[i]);
+        store(to, lerp(left(z), right(z), c.wx[i]));
+      }
     }
   });
 }
@@ -61,7 +70,7 @@ void encode_grad_x(const HashEncodeArgs<T>& a, int level, int64_t begin, int64_t
     T s[BLOCK][8];  // <g, features> of the corners: what follows goes by vectors of points
     for (int i = 0; i < n; ++i) {
       const auto g = load<Features<T, F>>(grad_out + F * (first - begin + i));
-      Corners<F, T>(table, c, i).dot(g, s[i]);
+      Corners<F, ROWS, T>(table, c, i).dot(g, s[i]);
     }
     T gx[BLOCK], gy[BLOCK], gz[BLOCK];
     for (int i = 0; i < n; ++i) {
@@ -70,8 +79,7 @@ void encode_grad_x(const HashEncodeArgs<T>& a, int level, int64_t begin, int64_t
       vec3<T> sum{slope.x * d.x, slope.y * d.y, slope.z * d.z};
       if constexpr (ALONG) {
         const vec3<T> bend{c.bx[i], c.by[i], c.bz[i]};
-        const int64_t at = 3 * (first + i);
-        const vec3<T> v = hash_tangent(load3(a.x + at), load3(a.tangent + at), a.staggered);
+        const vec3<T> v{c.vx[i], c.vy[i], c.vz[i]};
         const vec3<T> mixed = hash_weight_mixed(s[i], c.wx[i], c.wy[i], c.wz[i]);
         sum = hash_hessian_times(v, slope, bend, d, mixed);
       }
@@ -82,6 +90,17 @@ void encode_grad_x(const HashEncodeArgs<T>& a, int level, int64_t begin, int64_t
   });
 }
 
+// Not fused with what is added to it: else the result would hang on where g++ puts the addition.
+template <class V> inline V rounded(V v) {
+#if defined(__GNUC__) && __GNUC__ >= 12
+  return __builtin_assoc_barrier(v);
+#else
+  asm("" : "+m"(v));
+  return v;
+#endif
+}
+template <class T, class V> inline void add(T* p, const V& v) { store(p, load<V>(p) + v); }
+
 // Adds every point's share to the level's rows [low, high); RANGED: these are not all.
 template <int F, HashRows ROWS, bool RANGED, bool ALONG, class T>
 void encode_grad_table(const HashEncodeArgs<T>& a, int level, int64_t begin, int64_t end,
@@ -89,24 +108,32 @@ void encode_grad_table(const HashEncodeArgs<T>& a, int level, int64_t begin, int
   using V = Features<T, F>;
   const HashGrid grid = hash_grid(a.levels, a.staggered, level);
   T* const table = a.grad_table + F * grid.offset;
-  for_points<ROWS, ALONG>(a, grid, begin, end, [=, &a](const Cells<T>& c, int i, int64_t point) {
-    const V g = load<V>(grad_out + F * (point - begin));
-    const V z1 = g * c.wz[i], z0 = g - z1;
-    const V y1 = z0 * c.wy[i], y3 = z1 * c.wy[i], y0 = z0 - y1, y2 = z1 - y3;
-    V y[4] = {y0, y1, y2, y3}, dx[4];
-    if constexpr (ALONG) {
-      const vec3<T> d = weights_along(a, c, i, point);
-      const V dz1 = g * d.z, dy1 = z0 * d.y - dz1 * c.wy[i], dy3 = z1 * d.y + dz1 * c.wy[i];
-      for (int k = 0; k < 4; ++k) dx[k] = y[k] * d.x;
-      y[0] = -(dz1 + dy1), y[1] = dy1, y[2] = dz1 - dy3, y[3] = dy3;
-    }
-    for (int k = 0; k < 8; ++k) {
-      const uint32_t row = c.row[k][i];
-      if (RANGED && !(row >= low && row < high)) continue;
-      V upper = y[k / 2] * c.wx[i];
-      if constexpr (ALONG) upper += dx[k / 2];
-      T* p = table + int64_t(F) * row;
-      store(p, load<V>(p) + (k & 1 ? upper : y[k / 2] - upper));
+  for_blocks<ROWS, ALONG>(a, grid, begin, end, [=](const Cells<T>& c, int n, int64_t first) {
+    const WeightsAlong<ALONG, T> d(c, n);
+    const T* from = grad_out + F * (first - begin);
+    for (int i = 0; i < n; ++i, from += F) {
+      const V g = load<V>(from);
+      const V z1 = g * c.wz[i], z0 = g - z1;
+      const V y1 = z0 * c.wy[i], y3 = z1 * c.wy[i], y0 = z0 - y1, y2 = z1 - y3;
+      V y[4] = {y0, y1, y2, y3}, dx[4] = {};
+      if constexpr (ALONG) {
+        const V dz1 = g * d.z[i];
+        const V dy1 = z0 * d.y[i] - dz1 * c.wy[i], dy3 = z1 * d.y[i] + dz1 * c.wy[i];
+        for (int k = 0; k < 4; ++k) dx[k] = y[k] * d.x[i];
+        y[0] = -(dz1 + dy1), y[1] = dy1, y[2] = dz1 - dy3, y[3] = dy3;
+      }
+      for (int k = 0; k < 4; ++k) {
+        const V upper = rounded(ALONG ? V(y[k] * c.wx[i] + dx[k]) : V(y[k] * c.wx[i]));
+        const V lower = rounded(V(y[k] - upper));
+        const uint32_t row = c.row[2 * k][i], next = c.row[2 * k + 1][i];
+        T *const at = table + F * int64_t(row), *const at_next = table + F * int64_t(next);
+        if (ROWS == HashRows::dense && row >= low && next < high) {  // neighbours in memory, too
+          add(at, Pair<T, F>::of(lower, upper));
+        } else {
+          if (!RANGED || (row >= low && row < high)) add(at, lower);
+          if (!RANGED || (next >= low && next < high)) add(at_next, upper);
+        }
+      }
     }
   });
 }
@@ -138,7 +165,7 @@ void grad_table(const HashEncodeArgs<T>& a, const ByLevel<T>& g, int64_t begin, 
         encode_grad_table<F, R, ranged, ALONG>(a, level, begin, end, g.level(level), low, high);
       };
       // Along a tangent g++ rounds differently in the two: always the same one then.
-      if (ranges == 1 && !ALONG) add(std::false_type());
+      if (ranges == 1 && R != HashRows::dense && !ALONG) add(std::false_type());
       else add(std::true_type());
     });
   });

@@ -102,6 +102,7 @@ template <class T> struct Cells {
   T wx[BLOCK], wy[BLOCK], wz[BLOCK];  // weights of the upper one
   T sx[BLOCK], sy[BLOCK], sz[BLOCK];  // their slopes: ORDER 1
   T bx[BLOCK], by[BLOCK], bz[BLOCK];  // and the slopes': ORDER 2
+  T vx[BLOCK], vy[BLOCK], vz[BLOCK];  // the tangent where it counts: if there is one
 };
 // One coordinate of them: cells times `step`, weights, slopes and bends.
 template <int ORDER, bool SMOOTH, bool STAGGERED, class T>
@@ -117,7 +118,8 @@ inline void find_axis(const T* __restrict x, int n, T scale, uint32_t step,
   }
 }
 template <HashRows ROWS, int ORDER, bool SMOOTH, bool STAGGERED, class T>
-inline void find_cells_as(const T* x, int n, const HashGrid& grid, Cells<T>& c) {
+inline void find_cells_as(const T* x, const T* tangent, int n, const HashGrid& grid,
+                          Cells<T>& c) {
   constexpr HashRows PLAIN = ROWS == HashRows::hashed ? ROWS : HashRows::dense;
   uint32_t kx[BLOCK], ky[BLOCK], kz[BLOCK];
   T px[BLOCK], py[BLOCK], pz[BLOCK];
@@ -127,6 +129,10 @@ inline void find_cells_as(const T* x, int n, const HashGrid& grid, Cells<T>& c) 
   find_axis<ORDER, SMOOTH, STAGGERED>(px, n, scale, 1, kx, c.wx, c.sx, c.bx);
   find_axis<ORDER, SMOOTH, STAGGERED>(py, n, scale, step_y, ky, c.wy, c.sy, c.by);
   find_axis<ORDER, SMOOTH, STAGGERED>(pz, n, scale, step_z, kz, c.wz, c.sz, c.bz);
+  for (int i = 0; tangent && i < n; ++i) {
+    const vec3<T> v = hash_tangent(vec3<T>{px[i], py[i], pz[i]}, load3(tangent + 3 * i), STAGGERED);
+    c.vx[i] = v.x, c.vy[i] = v.y, c.vz[i] = v.z;
+  }
   for (int i = 0; i < n; ++i)
     for (int k = 0; k < 8; ++k)
       c.row[k][i] = hash_row<PLAIN>(kx[i] + (k & 1), ky[i] + (k & 2 ? step_y : 0),
@@ -138,15 +144,14 @@ inline void find_cells_as(const T* x, int n, const HashGrid& grid, Cells<T>& c) 
 template <HashRows ROWS, int ORDER, class T>
 __attribute__((noinline)) void find_cells(const HashEncodeArgs<T>& a, const HashGrid& grid,
                                           int64_t first, int n, Cells<T>& c) {
-  const T* const x = a.x + 3 * first;
-  if (a.staggered && a.smoothstep) find_cells_as<ROWS, ORDER, true, true>(x, n, grid, c);
-  else if (a.staggered) find_cells_as<ROWS, ORDER, false, true>(x, n, grid, c);
-  else if (a.smoothstep) find_cells_as<ROWS, ORDER, true, false>(x, n, grid, c);
-  else find_cells_as<ROWS, ORDER, false, false>(x, n, grid, c);
+  const T *const x = a.x + 3 * first, *const v = a.tangent ? a.tangent + 3 * first : nullptr;
+  if (a.staggered && a.smoothstep) find_cells_as<ROWS, ORDER, true, true>(x, v, n, grid, c);
+  else if (a.staggered) find_cells_as<ROWS, ORDER, false, true>(x, v, n, grid, c);
+  else if (a.smoothstep) find_cells_as<ROWS, ORDER, true, false>(x, v, n, grid, c);
+  else find_cells_as<ROWS, ORDER, false, false>(x, v, n, grid, c);
 }
 
-// Calls f(cells, n, first) for every block of n points from begin to end, or f(cells, i, point) for
-// every point, the i-th of the cells.
+// Calls f(cells, n, first) for every block of n points from begin to end.
 template <HashRows ROWS, int ORDER, class T, class F>
 inline void for_blocks(const HashEncodeArgs<T>& a, const HashGrid& grid, int64_t begin,
                        int64_t end, const F& f) {
@@ -156,13 +161,6 @@ inline void for_blocks(const HashEncodeArgs<T>& a, const HashGrid& grid, int64_t
     find_cells<ROWS, ORDER>(a, grid, first, n, cells);
     f(cells, n, first);
   }
-}
-template <HashRows ROWS, int ORDER, class T, class F>
-inline void for_points(const HashEncodeArgs<T>& a, const HashGrid& grid, int64_t begin,
-                       int64_t end, const F& f) {
-  for_blocks<ROWS, ORDER>(a, grid, begin, end, [&f](const Cells<T>& c, int n, int64_t first) {
-    for (int i = 0; i < n; ++i) f(c, i, first + i);
-  });
 }
 
 // Transposes SIDE x SIDE times the features of a point.
