@@ -1,4 +1,7 @@
 // The occupancy grid on the CPU: one pass for the maxima and their sums, one for the bits.
+#if defined(__AVX512F__) && !defined(__clang__)
+#pragma GCC target("prefer-vector-width=512")  // measured: a fifth less time than at 256
+#endif
 #include "occupancy.h"
 
 namespace df {
@@ -40,8 +43,8 @@ template <class T> T rounded_down(double x) {
   return double(t) > x ? std::nextafter(t, T(-INFINITY)) : t;
 }
 
-// One bit for each of n <= GRAIN cells: comparisons side by side, then eight bytes to one: the product
-// brings bit 0 of byte k (the k-th least) to bit 56 + k.
+// One bit for each of n <= GRAIN cells: comparisons side by side, then eight bytes to one: the
+// product brings bit 0 of byte k (the k-th least) to bit 56 + k.
 template <class T> void write_bits(const T* ema, int n, T above, uint8_t* bits) {
   uint8_t set[GRAIN];
   for (int i = 0; i < n; ++i) set[i] = ema[i] > above;
@@ -52,8 +55,8 @@ template <class T> void write_bits(const T* ema, int n, T above, uint8_t* bits) 
   }
 }
 
-// Points in n cells from `at` on, whose index is `cell`. Coordinates are found first and put in order
-// afterwards: as one loop, g++ would store them one by one.
+// Points in n cells from `at` on, whose index is `cell`. Coordinates are found first and put in
+// order afterwards: as one loop, g++ would store them one by one.
 template <class T>
 void points_along_z(uint64_t seed, uint32_t cell, int n, vec3<int> at, T size, T bound, T* points) {
   constexpr int BLOCK = 64;
