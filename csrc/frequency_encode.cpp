@@ -101,11 +101,13 @@ template <class T> struct Repeated {
 // A row's columns: sines, cosines and dampings; then their shares of the gradients.
 template <class T> struct Row { T s[BLOCK], c[BLOCK], w[BLOCK], u[BLOCK], dv[BLOCK], *dx; };
 
-// Below exp_fast's range 0, for products with its least number are slow: they are subnormal.
-inline void damping(const Columns<float>& k, float variance, float* w) {
+// exp_fast, but 0 below its range: its least number times a sine would be subnormal, and slow. Not
+// inlined, where 16 registers would not hold its constants beside the sines'.
+__attribute__((noinline)) void damping(const Columns<float>& k, float variance, float* w) {
   for (int i = 0; i < k.size; ++i) {
-    const float x = k.exponent[i] * variance, e = exp_fast(x);
-    w[i] = x < -87.0f ? 0.0f : e;
+    const float x = k.exponent[i] * variance;
+    const ExpParts e = exp_parts(88.0f < x ? 88.0f : x);
+    w[i] = x < -87.0f ? 0.0f : e.scale + e.scale * e.rest;
   }
 }
 inline void damping(const Columns<double>& k, double variance, double* w) {  // one exp a frequency

@@ -63,8 +63,8 @@ DF_HD void sh_forward(vec3<T> v, T* out, T c = T(1), T s = T(0)) {
 }
 
 // The same column, backward: adds to the gradients of c, s and z; dq and dp are d/dz of q and p.
-// What is known to be 0 or 1 is left out by hand: x + 0 and 0 x are not x and 0 to a compiler, which
-// thinks of -0 and infinity.
+// What is known to be 0 or 1 is left out by hand: x + 0 and 0 x are not x and 0 to a compiler,
+// which thinks of -0 and infinity.
 template <int DEGREE, int M, int L, class T>
 DF_HD void sh_column_backward(T z, T c, T s, T q, T p, T dq, T dp, const T* g, T& gc, T& gs,
                               T& gz) {
