@@ -19,25 +19,7 @@ constexpr int THREADS = 128;
 // ---- sine and cosine, to 2 ulp of 1 for any angle -----------------------------------------------
 // CUDA's own sincos() keeps the digits of a large angle's reduction in local memory.
 
-// x less the nearest multiple of pi / 2, which comes in three parts (Cody, Waite); |x| < LIMIT.
-template <class T> struct Reduction;
-template <> struct Reduction<float> {
-  static constexpr float LIMIT = 0x1p16f;
-  static constexpr float A = 0x1.921fb0p+0f, B = 0x1.5110b4p-22f, C = 0x1.846988p-48f;
-};
-template <> struct Reduction<double> {
-  static constexpr double LIMIT = 0x1p30;
-  static constexpr double A = 0x1.921fb54442d18p+0, B = 0x1.1a62633145c07p-54,
-                          C = -0x1.f1976b7ed8fbcp-110;
-};
-template <class T> __device__ inline T reduce(T x, int32_t& quadrant) {
-  using R = Reduction<T>;
-  const T n = std::rint(x * T(0.63661977236758134308));
-  quadrant = int32_t(n);
-  return std::fma(-n, R::C, std::fma(-n, R::B, std::fma(-n, R::A, x)));
-}
-
-// The same for any |x| >= 2 (Payne and Hanek): x is an integer m times 2^(e - 63), so digits of
+// reduce() for any |x| >= 2 (Payne and Hanek): x is an integer m times 2^(e - 63), so digits of
 // 2 / pi at 2^(65 - e) and above make multiples of 4 quadrants; the next 192 bits hold the rest.
 __device__ inline double reduce_large(double x, int32_t& quadrant) {
   static const uint64_t TWO_OVER_PI[19] = {  // 64 zeros, then the digits after the point

@@ -46,17 +46,44 @@ DF_HD FrequencySecond<T> frequency_second(T scale, T w, T s, T c, T gs, T gc, T 
           half_square * (a * across + b * along)};
 }
 
+// x less the nearest multiple of pi / 2, which comes in three parts (Cody, Waite); |x| < LIMIT.
+// Where a machine has no fma, it is slow.
+template <class T> struct Reduction;
+template <> struct Reduction<float> {
+  static constexpr float LIMIT = 0x1p16f;
+  static constexpr float A = 0x1.921fb0p+0f, B = 0x1.5110b4p-22f, C = 0x1.846988p-48f;
+};
+template <> struct Reduction<double> {
+  static constexpr double LIMIT = 0x1p30;
+  static constexpr double A = 0x1.921fb54442d18p+0, B = 0x1.1a62633145c07p-54,
+                          C = -0x1.f1976b7ed8fbcp-110;
+};
+template <class T> DF_HD T reduce(T x, int32_t& quadrant) {
+  using R = Reduction<T>;
+  const T n = std::rint(x * T(0.63661977236758134308));
+  quadrant = int32_t(n);
+  return std::fma(-n, R::C, std::fma(-n, R::B, std::fma(-n, R::A, x)));
+}
+
+// x with its sign changed where bit 1 of quadrant is set; as bits: the fewest operations.
+DF_HD float flip_sign(float x, int32_t quadrant) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits ^= uint32_t(quadrant) << 30 & 0x80000000u;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
 // Sine and cosine of r + quadrant pi / 2, |r| <= pi / 4, to 2 ulp of 1 (polynomials: Cephes sinf,
 // cosf). No branches.
 DF_HD void quadrant_sine_cosine(float r, int32_t quadrant, float& s, float& c) {
   const float r2 = r * r;
   const float sine =
       r + r * r2 * (-1.6666654611e-1f + r2 * (8.3321608736e-3f - r2 * 1.9515295891e-4f));
-  const float cosine = 1.0f - 0.5f * r2 +
-      r2 * r2 * (4.1666645683e-2f + r2 * (-1.3887316255e-3f + r2 * 2.4433157118e-5f));
-  const float a = quadrant & 1 ? cosine : sine, b = quadrant & 1 ? sine : cosine;
-  s = quadrant & 2 ? -a : a;
-  c = (quadrant + 1) & 2 ? -b : b;
+  const float cosine = 1.0f + r2 *
+      (-0.5f + r2 * (4.1666645683e-2f + r2 * (-1.3887316255e-3f + r2 * 2.4433157118e-5f)));
+  s = flip_sign(quadrant & 1 ? cosine : sine, quadrant);
+  c = flip_sign(quadrant & 1 ? sine : cosine, quadrant + 1);
 }
 // The same in double (Cephes sin, cos).
 DF_HD void quadrant_sine_cosine(double r, int32_t quadrant, double& s, double& c) {

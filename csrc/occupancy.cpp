@@ -1,4 +1,7 @@
 // The occupancy grid on the CPU: one pass for the maxima and their sums, one for the bits.
+#if defined(__AVX512F__) && !defined(__clang__)
+#pragma GCC target("prefer-vector-width=512")  // measured: a fifth less time than at 256
+#endif
 #include "occupancy.h"
 
 namespace df {
@@ -7,18 +10,23 @@ namespace {
 
 constexpr int64_t GRAIN = 4096;  // cells a chunk
 
+// The new maxima of n cells, and their sum; each loop so simple that the compiler vectorises it.
+template <class T>
+double update_cells(int n, T decay, const T* __restrict density, T* __restrict ema) {
+  for (int i = 0; i < n; ++i) ema[i] = occupancy_ema(ema[i], density[i], decay);
+  double sums[8] = {};
+  for (int i = 0; i < n; i += 8)
+    for (int k = 0; k < 8; ++k) sums[k] += double(ema[i + k]);
+  double sum = 0;
+  for (int k = 0; k < 8; ++k) sum += sums[k];
+  return sum;
+}
+
 template <class T> void update_ema(const OccupancyUpdateArgs<T>& a) {
-  const T decay = T(a.decay);
   parallel_for(a.n, a.chunk, [&](int64_t begin, int64_t end) {
-    double sums[8] = {};  // side by side, for the compiler to vectorise
-    for (int64_t i = begin; i < end; i += 8)
-      for (int k = 0; k < 8; ++k) {
-        const T e = occupancy_ema(a.ema[i + k], a.density[i + k], decay);
-        a.ema[i + k] = e;
-        sums[k] += double(e);
-      }
     double sum = 0;
-    for (int k = 0; k < 8; ++k) sum += sums[k];
+    for (int64_t i = begin; i < end; i += GRAIN)
+      sum += update_cells(int(min(GRAIN, end - i)), T(a.decay), a.density + i, a.ema + i);
     a.partial[begin / a.chunk] = sum;
   });
 }
@@ -29,26 +37,62 @@ template <class T> double limit(const OccupancyUpdateArgs<T>& a) {
   return min(a.threshold, sum / double(a.n));
 }
 
+// The largest T that is not above x: what is above one is above the other.
+template <class T> T rounded_down(double x) {
+  const T t = T(x);
+  return double(t) > x ? std::nextafter(t, T(-INFINITY)) : t;
+}
+
+// One bit for each of n <= GRAIN cells: comparisons side by side, then eight bytes to one: the
+// product brings bit 0 of byte k (the k-th least) to bit 56 + k.
+template <class T> void write_bits(const T* ema, int n, T above, uint8_t* bits) {
+  uint8_t set[GRAIN];
+  for (int i = 0; i < n; ++i) set[i] = ema[i] > above;
+  for (int i = 0; i < n; i += 8) {
+    uint64_t eight = 0;
+    for (int k = 0; k < 8; ++k) eight |= uint64_t(set[i + k]) << 8 * k;  // one load
+    bits[i / 8] = uint8_t(eight * 0x0102040810204080u >> 56);
+  }
+}
+
+// Points in n cells from `at` on, whose index is `cell`. Coordinates are found first and put in
+// order afterwards: as one loop, g++ would store them one by one.
+template <class T>
+void points_along_z(uint64_t seed, uint32_t cell, int n, vec3<int> at, T size, T bound, T* points) {
+  constexpr int BLOCK = 64;
+  T x[BLOCK], y[BLOCK], z[BLOCK];
+  for (int first = 0; first < n; first += BLOCK) {
+    const int end = min(BLOCK, n - first);
+    for (int k = 0; k < end; ++k) {
+      const uint32_t i = uint32_t(first + k);
+      const vec3<T> p = occupancy_point(seed, cell + i, {at.x, at.y, at.z + int(i)}, size, bound);
+      x[k] = p.x, y[k] = p.y, z[k] = p.z;
+    }
+    T* const __restrict out = points + 3 * first;
+    for (int k = 0; k < end; ++k) out[3 * k] = x[k], out[3 * k + 1] = y[k], out[3 * k + 2] = z[k];
+  }
+}
+
 }  // namespace
 
 template <class T> void occupancy_points(const OccupancyPointsArgs<T>& a, Stream) {
-  const int64_t g = a.resolution;
+  const int g = a.resolution;
   const uint64_t seed = uint64_t(*a.seed);
-  parallel_for(g * g * g, GRAIN, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      store3(a.points + 3 * i, occupancy_point(seed, uint32_t(i), a.resolution, T(a.bound)));
+  const T bound = T(a.bound), size = occupancy_cell_size(g, bound);
+  parallel_for(int64_t(g) * g * g, GRAIN, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin, n; i < end; i += n) {  // cells along z, which differ in nothing else
+      const vec3<int> at = occupancy_cell(uint32_t(i), g);
+      n = min<int64_t>(g - at.z, end - i);
+      points_along_z(seed, uint32_t(i), int(n), at, size, bound, a.points + 3 * i);
+    }
   });
 }
 
 template <class T> void occupancy_update(const OccupancyUpdateArgs<T>& a, Stream) {
   update_ema(a);
-  const double above = limit(a);
-  parallel_for(a.n / 8, GRAIN, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      unsigned byte = 0;
-      for (int k = 0; k < 8; ++k) byte |= unsigned(double(a.ema[8 * i + k]) > above) << k;
-      a.bitfield[i] = uint8_t(byte);
-    }
+  const T above = rounded_down<T>(limit(a));
+  parallel_for(a.n, GRAIN, [&](int64_t begin, int64_t end) {
+    write_bits(a.ema + begin, int(end - begin), above, a.bitfield + begin / 8);
   });
 }
 

@@ -34,7 +34,9 @@ __global__ void __launch_bounds__(THREADS) occupancy_points_kernel(OccupancyPoin
   const int64_t first = int64_t(blockIdx.x) * THREADS, cell = first + threadIdx.x;
   if (cell < cells)
     store3(points + 3 * threadIdx.x,
-           occupancy_point(uint64_t(*a.seed), uint32_t(cell), a.resolution, T(a.bound)));
+           occupancy_point(uint64_t(*a.seed), uint32_t(cell),
+                           occupancy_cell(uint32_t(cell), a.resolution),
+                           occupancy_cell_size(a.resolution, T(a.bound)), T(a.bound)));
   __syncthreads();
 #pragma unroll
   for (int k = 0; k < 3; ++k) {

@@ -24,13 +24,19 @@ template <class T> struct OccupancyUpdateArgs {
 
 inline namespace DF_ISA {
 
+// A point in cell (x, y, z), which has index `cell`; size: a cell's edge.
 template <class T>
-DF_HD vec3<T> occupancy_point(uint64_t seed, uint32_t cell, int resolution, T bound) {
+DF_HD vec3<T> occupancy_point(uint64_t seed, uint32_t cell, vec3<int> at, T size, T bound) {
+  return {(T(at.x) + T(uniform01(seed, cell, 0))) * size - bound,
+          (T(at.y) + T(uniform01(seed, cell, 1))) * size - bound,
+          (T(at.z) + T(uniform01(seed, cell, 2))) * size - bound};
+}
+template <class T> DF_HD T occupancy_cell_size(int resolution, T bound) {
+  return 2 * bound / T(resolution);
+}
+DF_HD vec3<int> occupancy_cell(uint32_t cell, int resolution) {
   const uint32_t g = uint32_t(resolution);
-  const T size = 2 * bound / T(resolution);
-  return {(T(cell / (g * g)) + T(uniform01(seed, cell, 0))) * size - bound,
-          (T(cell / g % g) + T(uniform01(seed, cell, 1))) * size - bound,
-          (T(cell % g) + T(uniform01(seed, cell, 2))) * size - bound};
+  return {int(cell / (g * g)), int(cell / g % g), int(cell % g)};
 }
 
 template <class T> DF_HD T positive(T x) { return x > 0 ? x : T(0); }  // NaN becomes 0

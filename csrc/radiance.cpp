@@ -45,13 +45,11 @@ void forward_block(const RadianceArgs<T>& a, const Blob<T>& b, int64_t first, in
     work[i] = log_sigma > ceiling ? ceiling : log_sigma;
   }
   for (int i = 0; i < n; ++i) a.sigma[first + i] = exp_fast(work[i]);
-  for (int c = 0; c < channels; ++c) {
-    T* const values = a.values + channels * first + c;
-    for (int i = 0; i < n; ++i) work[i] = out[width * i + 1 + c];
-    if (!a.raw)
-      for (int i = 0; i < n; ++i) work[i] = 1 / (1 + exp_fast(-work[i]));
-    for (int i = 0; i < n; ++i) values[channels * i] = work[i];
-  }
+  T* const __restrict values = a.values + channels * first;
+  for (int i = 0; i < n; ++i)
+    for (int c = 0; c < channels; ++c) values[channels * i + c] = out[width * i + 1 + c];
+  if (!a.raw)  // in place: in the order of memory there is nothing to take apart
+    for (int i = 0; i < channels * n; ++i) values[i] = 1 / (1 + exp_fast(-values[i]));
   if (!a.gradient) return;
   for (int i = 0; i < n; ++i) {
     const vec3<T> p = load3(a.positions + 3 * (first + i));

