@@ -69,8 +69,15 @@ def test_the_guard_catches(wait):
         wait(torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("background", ["random", "environment", "solid", "learned"])
-@pytest.mark.parametrize("settings", [{}, {"scale": 0.0}, {"perp_neg": 1.0, "rescale": 0.5}])
+@pytest.mark.parametrize(
+    "background, settings",
+    [
+        ("random", {"perp_neg": 1.0, "rescale": 0.5}),
+        ("environment", {"scale": 0.0}),
+        ("solid", {}),
+        ("learned", {}),
+    ],
+)
 @pytest.mark.parametrize("rows", [1 << 20, 1000])
 def test_a_step_never_waits(tmp_path, monkeypatch, background, settings, rows):
     monkeypatch.setattr(
