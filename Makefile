@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 PROMPT ?= a red car
 NVCC := $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
-CMAKE := $(BIN)/cmake
+# What compiles has jobs of its own: it is told of none of make's.
+CMAKE := MAKEFLAGS= $(BIN)/cmake
 CMAKE_OPTIONS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
   -DPython_EXECUTABLE=$(abspath $(BIN))/python
 CPP_OPTIONS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DDF_PYTHON=OFF \
@@ -23,7 +24,7 @@ demo: $(VENV)/.installed  ## text to 3D with the embedded prior: make demo PROMP
 	rm -rf runs/demo
 	$(BIN)/dreamfusion-fast generate "$(PROMPT)" --out runs/demo
 
-# Two stages at a time, since most have a part that leaves a CPU idle; each one's output in one piece.
+# Two stages at a time, as most have a part that leaves a CPU idle; each one's output in one piece.
 test: check $(VENV)/.tools  ## lint, every test, every check of the CUDA kernels that needs no GPU
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target pytest kernels
 
@@ -42,7 +43,7 @@ emulated: $(VENV)/.tools  ## the CUDA kernels run by the CPU under sanitizers: t
 	$(BIN)/python tests/emulated.py build/emulated $(EMULATED_TESTS)
 
 mutation: emulated  ## plant bugs into the CUDA kernels, one at a time: each must be caught
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tests/mutation.py
+	MAKEFLAGS= PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tests/mutation.py
 
 triton: $(VENV)/.installed  ## the Triton kernels, compiled ahead of time: registers, traffic
 	$(BIN)/python tests/triton_resources.py
@@ -63,7 +64,7 @@ cpp-library: $(VENV)/.tools
 	$(CMAKE) --build build/cpp --target install
 
 cpp: cpp-library  ## the C++ library: built without Python, installed, used by programs
-	PATH=$(abspath $(BIN)):$$PATH CMAKE_PREFIX_PATH=$(abspath build/cpp/install) \
+	MAKEFLAGS= PATH=$(abspath $(BIN)):$$PATH CMAKE_PREFIX_PATH=$(abspath build/cpp/install) \
 	  $(BIN)/python -m pytest -q tests/test_cpp.py
 
 ifneq ($(shell command -v valgrind),)
