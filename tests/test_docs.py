@@ -1,13 +1,10 @@
 """What the documents say is so: their programs run, their links lead somewhere, their names are."""
 
 import importlib
-import multiprocessing
-import os
 import re
-import runpy
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,8 +12,6 @@ DOCS = sorted(ROOT.glob("docs/*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 SHORTEST = 5  # lines of a block that is a program; shorter ones are fragments
 SHORTER = {"steps=300": "steps=2"}  # what would run for a minute
-FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["torch", "torch._dynamo", "diffusers"])
 
 
 def blocks() -> list:
@@ -40,17 +35,6 @@ def names(text: str) -> set[str]:
     return set(re.findall(r"`(dreamfusion_fast(?:\.\w+)+)", without_code(text)))
 
 
-def execute(script: Path, output: Path) -> None:
-    """In a process of its own: the program, as `python script` runs it; its output to a file."""
-    assert not any(name.startswith("dreamfusion_fast") for name in sys.modules)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.chdir(script.parent)
-    sys.argv, sys.path[:0] = [str(script)], [str(script.parent), str(ROOT)]
-    runpy.run_path(str(script), run_name="__main__")
-
-
 @pytest.mark.parametrize("page, line, program", blocks())
 def test_programs_run(page, line, program, tmp_path):
     """Each in a process forked from one that has imported torch, and nothing of ours."""
@@ -58,12 +42,8 @@ def test_programs_run(page, line, program, tmp_path):
     for long, short in SHORTER.items():
         program = program.replace(long, short)
     script.write_text("\n" * (line - 1) + program)  # a traceback then has the page's line numbers
-    process = FORKED.Process(target=execute, args=(script, output))
-    process.start()
-    process.join(300)
-    process.kill()
-    process.join()
-    assert process.exitcode == 0, f"{page.name}, line {line}:\n{output.read_text()}"
+    process = forked.start([script], output, output, tmp_path, [tmp_path, ROOT])
+    assert forked.finish(process, 300) == 0, f"{page.name}, line {line}:\n{output.read_text()}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
