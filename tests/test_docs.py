@@ -1,12 +1,10 @@
 """What the documents say is so: their programs run, their links lead somewhere, their names are."""
 
 import importlib
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,20 +37,13 @@ def names(text: str) -> set[str]:
 
 @pytest.mark.parametrize("page, line, program", blocks())
 def test_programs_run(page, line, program, tmp_path):
-    script = tmp_path / "program.py"
+    """Each in a process forked from one that has imported torch, and nothing of ours."""
+    script, output = tmp_path / "program.py", tmp_path / "output.txt"
     for long, short in SHORTER.items():
         program = program.replace(long, short)
     script.write_text("\n" * (line - 1) + program)  # a traceback then has the page's line numbers
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{page.name}, line {line}:\n{done.stdout}{done.stderr}"
+    process = forked.start([script], output, output, tmp_path, [tmp_path, ROOT])
+    assert forked.finish(process, 300) == 0, f"{page.name}, line {line}:\n{output.read_text()}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

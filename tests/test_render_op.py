@@ -222,6 +222,9 @@ def test_ops_of_a_field(device, rng):
 )
 def test_bad_input(change, message, rng):
     rays, grid = rays_and_grid(rng, 20, torch.float32, CPU)
+    # From the middle of a full cube, so that for every seed a ray has 20 samples.
+    rays = rays._replace(o=0 * rays.o, near=torch.zeros(20), far=torch.ones(20))
+    grid = grid._replace(bitfield=torch.full_like(grid.bitfield, 255))
     query = Fog(rng, torch.float32, CPU)
     with pytest.raises(ValueError, match=message):
         render(query, query.parameters, rays, grid, 3, **change)

@@ -69,8 +69,15 @@ def test_the_guard_catches(wait):
         wait(torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("background", ["random", "environment", "solid", "learned"])
-@pytest.mark.parametrize("settings", [{}, {"scale": 0.0}, {"perp_neg": 1.0, "rescale": 0.5}])
+@pytest.mark.parametrize(
+    "background, settings",
+    [
+        ("random", {"perp_neg": 1.0, "rescale": 0.5}),
+        ("environment", {"scale": 0.0}),
+        ("solid", {}),
+        ("learned", {}),
+    ],
+)
 @pytest.mark.parametrize("rows", [1 << 20, 1000])
 def test_a_step_never_waits(tmp_path, monkeypatch, background, settings, rows):
     monkeypatch.setattr(
@@ -119,8 +126,8 @@ def test_the_embedded_prior_never_waits(tmp_path):
 
 
 def test_memory_stays(tmp_path):
-    """Over a thousand steps, after the first hundred."""
-    trainer = Trainer(tiny(steps=1100), tmp_path, Orange())
+    """Over five hundred steps, after the first hundred."""
+    trainer = Trainer(tiny(steps=600), tmp_path, Orange())
     trainer.save = lambda: None
     for row in trainer.run():
         if row["step"] == 100:
@@ -128,7 +135,7 @@ def test_memory_stays(tmp_path):
             tensors = count_tensors()
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert count_tensors() <= tensors + 2
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 20_000  # KiB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 10_000  # KiB
 
 
 def count_tensors() -> int:

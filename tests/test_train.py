@@ -1,5 +1,6 @@
 """The loop as a whole, on a tiny field with guidance that needs no network."""
 
+import contextlib
 import json
 import os
 import signal
@@ -99,30 +100,38 @@ def _assert_same_run(one, other):
     assert logs[0] == logs[1] and [r["step"] for r in logs[0]] == list(range(len(logs[0])))
 
 
+# Imports once and starts twice: a process forked before anything has used a thread.
 SCRIPT = """
-import sys; sys.path.insert(0, {tests!r})
+import os, sys; sys.path.insert(0, {tests!r})
 from test_train import Orange, Trainer, tiny
-for m in Trainer(tiny(steps=400), {folder!r}, Orange(), resume=True).run():
-    print(m["step"], flush=True)
+for _ in range(2):
+    if os.fork() == 0:
+        print("process", os.getpid(), flush=True)
+        for m in Trainer(tiny(steps=120), {folder!r}, Orange(), resume=True).run():
+            print("step", m["step"], flush=True)
+        os._exit(0)
+    os.wait()
 """
 
 
 def test_kill_at_any_moment_leaves_a_run_that_resumes(tmp_path):
     script = SCRIPT.format(tests=os.path.dirname(__file__), folder=str(tmp_path / "parts"))
-    for _ in range(2):
-        process = subprocess.Popen(
-            [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
-        )
-        for line in process.stdout:
-            if int(line) % 50 > 20:
-                break
-        time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    trainer, _ = finish(tiny(steps=400), tmp_path / "parts", resume=True)
-    assert trainer.step == 400
-    finish(tiny(steps=400), tmp_path / "whole")
+    command = [sys.executable, "-c", script]
+    running, killed = None, 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        for line in parent.stdout:
+            word, number = line.split()
+            if word == "process":
+                running = int(number)
+            elif running and int(number) > 20 * (1 + killed):
+                time.sleep(0.05)
+                with contextlib.suppress(ProcessLookupError):  # this process slept for too long
+                    os.kill(running, signal.SIGKILL)
+                running, killed = None, killed + 1
+    assert parent.returncode == 0 and killed == 2
+    trainer, _ = finish(tiny(steps=120), tmp_path / "parts", resume=True)
+    assert trainer.step == 120
+    finish(tiny(steps=120), tmp_path / "whole")
     _assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
