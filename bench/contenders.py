@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from bench.record import OURS
 
 PEER_OPS = ("adam", "composite", "composite_lit", "frequency_encode", "generate_rays",
-             "hash_encode", "march", "mlp", "occupancy", "radiance", "render",
+             "hash_encode", "hash_encode_inputs", "march", "mlp", "occupancy", "radiance", "render",
              "spherical_harmonics", "step")  # fmt: skip
 TORCH_OPS = (*PEER_OPS,)
 COMPILED_OPS = tuple(op for op in TORCH_OPS if op != "step")
@@ -44,7 +44,7 @@ def contenders() -> dict[str, Contender]:
             Contender("ours-unfused", "bench.peer_torch", ("render",)),
             Contender(EAGER, "bench.peer_torch"),
             # Compilation takes up to a minute an op: hence not everywhere.
-            Contender("compiled", "bench.peer_torch", COMPILED_OPS, ("paper",)),
+            Contender("compiled", "bench.peer_torch", COMPILED_OPS, ("paper", "compact")),
             Contender("drjit", "bench.peer_drjit", PEER_OPS),
             Contender("jax", "bench.peer_jax", PEER_OPS),
             Contender("taichi", "bench.peer_taichi", ("hash_encode",)),

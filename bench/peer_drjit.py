@@ -27,20 +27,28 @@ def start(name: str) -> str:
 def load(name: str, x: np.ndarray):
     """Components of float arrays (n, k), a matrix as a tensor, others flat."""
     if x.dtype != np.float32:
-        return UInt32(x.astype(np.uint32).ravel())
+        return UInt32(padded(x.astype(np.uint32)))
     if x.ndim == 2 and not name.startswith(FLAT):
-        return [Float(np.ascontiguousarray(column)) for column in x.T]
-    return Float(x.ravel())
+        return [Float(padded(column)) for column in x.T]
+    return Float(padded(x))
+
+
+def padded(x: np.ndarray) -> np.ndarray:
+    """A flat copy with memory behind it. Dr.Jit works on NumPy's own memory and reads whole vectors,
+    beyond the end, too: where a page ends there, it crashes."""
+    memory = np.empty(x.size + 64, x.dtype)
+    memory[: x.size] = x.ravel()
+    return memory[: x.size]
 
 
 def prepare(op: str, arrays: dict, settings: dict, backward: bool):
     task, last = TASKS[op], []
     given = {k: load(k, x) for k, x in arrays.items()}
     if op == "mlp":
-        given["x"] = TensorXf(arrays["x"])
+        given["x"] = TensorXf(padded(arrays["x"]), arrays["x"].shape)
     cotangents = [given.pop(f"g{i}") for i in range(len(arrays)) if f"g{i}" in arrays]
     if op == "mlp" and cotangents:
-        cotangents = [TensorXf(arrays["g0"])]
+        cotangents = [TensorXf(padded(arrays["g0"]), arrays["g0"].shape)]
     function = functools.partial(FUNCTIONS[op], s=settings)
 
     def both(a, cotangents):
@@ -177,6 +185,10 @@ def frequency_encode(a, s):
 
 def hash_encode(a, s):
     return (_hash_encode(a["x"], a["table"], s),)
+
+
+def hash_encode_inputs(a, s):
+    return hash_encode(a, s)
 
 
 def _hash_encode(x, table, s):
@@ -365,8 +377,9 @@ def step(a, s):
 
 
 FUNCTIONS = {f.__name__: f for f in (
-    adam, composite, composite_lit, frequency_encode, generate_rays, hash_encode, march, mlp,
-    occupancy, radiance, render, spherical_harmonics, step)}  # fmt: skip
+    adam, composite, composite_lit, frequency_encode, generate_rays, hash_encode,
+    hash_encode_inputs, march, mlp, occupancy, radiance, render, spherical_harmonics,
+    step)}  # fmt: skip
 # Arrays that a call leaves changed for the next one: which of its results they become.
 STATE = {"adam": {"param": 0, "exp_avg": 1, "exp_avg_sq": 2}, "occupancy": {"ema": 1},
          "step": {"table": 0, "params": 1, "table_exp_avg": 2, "params_exp_avg": 3,

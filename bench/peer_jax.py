@@ -116,6 +116,10 @@ def hash_encode(a, s):
     return (_hash_encode(a["x"], a["table"], s),)
 
 
+def hash_encode_inputs(a, s):
+    return hash_encode(a, s)
+
+
 def _hash_encode(x, table, s):
     x, out = jnp.clip(x, 0, 1), []
     for resolution, start, end in zip(s["resolutions"], s["starts"], s["starts"][1:]):
@@ -279,8 +283,9 @@ def step(a, s):
 
 
 FUNCTIONS = {f.__name__: f for f in (
-    adam, composite, composite_lit, frequency_encode, generate_rays, hash_encode, march, mlp,
-    occupancy, radiance, render, spherical_harmonics, step)}  # fmt: skip
+    adam, composite, composite_lit, frequency_encode, generate_rays, hash_encode,
+    hash_encode_inputs, march, mlp, occupancy, radiance, render, spherical_harmonics,
+    step)}  # fmt: skip
 # Arrays that a call leaves changed for the next one: which of its results they become.
 STATE = {"adam": {"param": 0, "exp_avg": 1, "exp_avg_sq": 2}, "occupancy": {"ema": 1},
          "step": {"table": 0, "params": 1, "table_exp_avg": 2, "params_exp_avg": 3,

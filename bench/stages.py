@@ -23,10 +23,13 @@ import numpy as np
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.record import key, load
+from dreamfusion_fast import ops
 from dreamfusion_fast.config import preset
 from dreamfusion_fast.train import Trainer
 
-KERNEL = re.compile(r"dreamfusion_fast(?:::|_)([a-z_]+?)(?:_backward|_second|_default|Backward|$)")
+KERNEL = re.compile(
+    r"(?:dreamfusion_fast(?:::|_))?([a-z_]+?)(?:_backward|_second|_default|Backward)?$"
+)
 GUIDANCE, REST = "guidance", "everything else"
 SMALL = 0.01  # stages of less than this share are counted among everything else
 
@@ -47,8 +50,8 @@ class Marked:
 
 def kernel_of(event: str) -> str | None:
     """hash_encode, of its forward, its gradients and what autograd does around them."""
-    found = KERNEL.search(event)
-    return found and found[1]
+    found = KERNEL.match(event)
+    return found[1] if found and hasattr(ops, found[1]) else None
 
 
 def shares(events, seconds: float) -> dict[str, float]:

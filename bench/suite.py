@@ -56,11 +56,12 @@ def ops_there() -> tuple[list[str], list[dict]]:
 
 
 def passes(op: str) -> tuple[str, ...]:
-    return (FORWARD, BOTH) if task.TASKS[op].gradients else (FORWARD,)
+    made = task.TASKS[op]
+    return (FORWARD,) * made.forward + (BOTH,) * bool(made.gradients)
 
 
 def plain_cases() -> list[Case]:
-    return [Case(op, size, direction) for op in ops_there()[0] for size in tasks.SIZES
+    return [Case(op, size, direction) for op in ops_there()[0] for size in task.TASKS[op].sizes
             for direction in passes(op)]  # fmt: skip
 
 

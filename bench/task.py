@@ -27,7 +27,8 @@ class Task:
     for exp, sin, division or root. `gathers` counts random 8-byte reads: pairs (number, bytes of
     the table). Contenders agree where no number of a result differs by more than `tolerance` of
     the largest one, but for a share of `outliers`: in the second call, or, if the op works
-    `in_place` and each call goes on from the last one, in the first."""
+    `in_place` and each call goes on from the last one, in the first. It is raced at `sizes`, and if
+    `forward`, also without gradients."""
 
     name: str
     make: Callable[[Size], tuple[Arrays, dict]]
@@ -38,6 +39,8 @@ class Task:
     tolerance: float = 1e-4
     outliers: float = 0.0
     in_place: bool = False
+    sizes: tuple[str, ...] = ("small", "paper", "large")
+    forward: bool = True
 
 
 TASKS: dict[str, Task] = {}
@@ -102,7 +105,8 @@ def hash_flops(n: int, s: dict, backward: bool) -> float:
     return n * features * (72 + 16 * 2) * (2.0 if backward else 1.0)
 
 
-def hash_gathers(n: int, s: dict, backward: bool) -> list:
-    """Eight corners a point and level, read; in the backward pass also added to."""
+def hash_gathers(n: int, s: dict, backward: bool, inputs: bool = False) -> list:
+    """Eight corners a point and level, read; in the backward pass also added to, and, for the
+    gradient of the inputs, read again."""
     levels = [8 * (b - a) for a, b in itertools.pairwise(s["starts"])]
-    return [(8.0 * n * (1 + backward), size) for size in levels]
+    return [(8.0 * n * (1 + backward * (1 + inputs)), size) for size in levels]

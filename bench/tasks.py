@@ -23,6 +23,7 @@ from bench.limits import PAPER_FIELD, Size
 from bench.model import SPECIAL
 from bench.task import Arrays, hash_flops, hash_gathers, mlp_flops, task
 from dreamfusion_fast import ops
+from dreamfusion_fast.config import FieldConfig
 
 FIELD_SETTINGS = {"bias": -2.0, "ceiling": 8.0, "blob_density": 5.0, "blob_size": 0.2}
 ADAM = {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-15}
@@ -35,7 +36,12 @@ SIZES = {
                   occupancy_resolution=128),
     "large": Size("large", 1, 256, bins=128, samples=64, field=PAPER_FIELD,
                   occupancy_resolution=128),
+    # No empty space, tables that fit a core's cache, and the narrow network of many a NeRF.
+    "compact": Size("compact", 1, 64, bins=64, samples=64,
+                    field=FieldConfig(n_levels=8, base_resolution=16, finest_resolution=1024,
+                                      log2_table_size=16, hidden=32, hidden_layers=2)),
 }  # fmt: skip
+AND_COMPACT = ("small", "paper", "large", "compact")
 
 
 # ---- inputs -------------------------------------------------------------------------------------
@@ -147,9 +153,11 @@ def frequency_encode(size):
 
 
 # ---- hash_encode --------------------------------------------------------------------------------
-@task(gradients=("table",),
-      run=lambda m, a, s: m.hash_encode(a["x"], a["table"], **s["grid"],
-                                        interpolation=s["interpolation"]),
+def _hash_run(m, a, s):
+    return m.hash_encode(a["x"], a["table"], **s["grid"], interpolation=s["interpolation"])
+
+
+@task(gradients=("table",), run=_hash_run, sizes=AND_COMPACT,
       flops=lambda a, s, backward: hash_flops(len(a["x"]), s, backward),
       gathers=lambda a, s, backward: hash_gathers(len(a["x"]), s, backward))  # fmt: skip
 def hash_encode(size):
@@ -157,6 +165,14 @@ def hash_encode(size):
     positions = _samples(size)[1]["positions"]
     table, settings = _grid(size)
     return {"x": positions / (2 * size.field.radius) + np.float32(0.5), "table": table}, settings
+
+
+@task(gradients=("table", "x"), run=_hash_run, sizes=("compact",), forward=False, tolerance=1e-3,
+      flops=lambda a, s, backward: hash_flops(len(a["x"]), s, backward),
+      gathers=lambda a, s, backward: hash_gathers(len(a["x"]), s, backward, True))  # fmt: skip
+def hash_encode_inputs(size):
+    """hash_encode with the gradient of the positions, too."""
+    return hash_encode(size)
 
 
 # ---- march --------------------------------------------------------------------------------------
@@ -272,7 +288,7 @@ def _render_gathers(a, s, backward):
 
 
 @task(gradients=("table", "params"), run=_render_run, flops=_render_flops,
-      gathers=_render_gathers, tolerance=5e-3, outliers=1e-3)  # fmt: skip
+      gathers=_render_gathers, tolerance=5e-3, outliers=1e-3, sizes=AND_COMPACT)  # fmt: skip
 def render(size):
     scene = cases.scene(size, torch.device("cpu"))
     arrays, settings = _march(scene)

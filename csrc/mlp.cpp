@@ -282,7 +282,7 @@ template <class T> Ahead ahead_of(const MlpArgs<T>& a, int64_t begin, int64_t en
 
 // Rows [begin, begin + block.n): recompute the hidden values, then back through the layers.
 template <class T>
-void block_backward(const MlpArgs<T>& a, Block<T> block, int64_t begin, int64_t stop, T* memory,
+void block_backward(const MlpArgs<T>& a, Block<T> block, int64_t begin, T* memory,
                     T* grad_params) {
   const MlpShape& shape = a.shape;
   Values<T> s(shape, memory);
@@ -314,7 +314,7 @@ void block_backward(const MlpArgs<T>& a, Block<T> block, int64_t begin, int64_t 
 
 // The same along the tangent: d holds the derivatives of s's values, d.slope what bends them.
 template <class T>
-void block_second(const MlpArgs<T>& a, Block<T> block, int64_t begin, int64_t stop, T* memory,
+void block_second(const MlpArgs<T>& a, Block<T> block, int64_t begin, T* memory,
                   T* grad_params) {
   constexpr int ROWS = Block<T>::ROWS;
   const MlpShape& shape = a.shape;
@@ -387,8 +387,8 @@ template <bool SECOND, class T> void backward(const MlpArgs<T>& a) {
       const int64_t last = min(first + ROWS, stop);
       Ahead ahead = ahead_of(a, first, last, stop);
       const Block<T> block(last - first, &ahead);
-      if constexpr (SECOND) block_second(a, block, first, stop, memory, grad_params);
-      else block_backward(a, block, first, stop, memory, grad_params);
+      if constexpr (SECOND) block_second(a, block, first, memory, grad_params);
+      else block_backward(a, block, first, memory, grad_params);
     }
     if (a.grad_x) fill_zero(a.grad_x, (zero_x ? begin : stop) * inputs, end * inputs);
     if (SECOND && a.out) fill_zero(a.out, stop * outputs, end * outputs);

@@ -100,7 +100,7 @@ def render(
     jitter: bool = True,
     early_stop: float = 0.0,
     shading: Tensor | None = None,
-    rows: int = 1 << 18,
+    rows: int = 1 << 19,
     bins: int | None = None,
 ) -> Composited:
     """Volume rendering of a field (NeRF, Mildenhall et al. 2020, eq. 3) in bounded memory.
