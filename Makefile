@@ -76,7 +76,7 @@ instructions:
 	@echo "Instructions were not counted: no valgrind (apt-get install valgrind)."
 endif
 
-bench: $(VENV)/.bench  ## ours against its peers: half an hour; ARGS='-k "paper and mlp"'
+bench: $(VENV)/.bench  ## ours against its peers: 40 minutes; ARGS='-k "paper and mlp"'
 	$(BIN)/python -m pytest bench/bench_ops.py -q -p no:cacheprovider \
 	  --benchmark-columns=median,iqr,min,rounds $(ARGS)
 

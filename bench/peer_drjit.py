@@ -34,8 +34,8 @@ def load(name: str, x: np.ndarray):
 
 
 def padded(x: np.ndarray) -> np.ndarray:
-    """A flat copy with memory behind it. Dr.Jit works on NumPy's own memory and reads whole vectors,
-    beyond the end, too: where a page ends there, it crashes."""
+    """A flat copy with memory behind it: Dr.Jit works on NumPy's own memory, by whole vectors, also
+    beyond its end, and crashes where a page ends there."""
     memory = np.empty(x.size + 64, x.dtype)
     memory[: x.size] = x.ravel()
     return memory[: x.size]
