@@ -28,7 +28,7 @@ from dreamfusion_fast.config import preset
 from dreamfusion_fast.train import Trainer
 
 KERNEL = re.compile(
-    r"(?:.*dreamfusion_fast(?:::|_))?([a-z_]+?)(?:_backward|_second|_default|Backward)?$"
+    r"(?:.*dreamfusion_fast(?:::|_))?([a-z_]+?)(?:_backward|_second|_default|Backward)*$"
 )
 GUIDANCE, REST = "guidance", "everything else"
 SMALL = 0.01  # stages of less than this share are counted among everything else

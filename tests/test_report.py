@@ -231,7 +231,7 @@ def test_shares_of_a_profile():
         return SimpleNamespace(key=key, self_cpu_time_total=1e6 * own, cpu_time_total=1e6 * total)
 
     events = [
-        event("dreamfusion_fast::hash_encode_second", 1.5), event("hash_encode", 0.5),  # our Function
+        event("dreamfusion_fast::hash_encode_second", 1.5), event("hash_encode", 0.5),
         event("aten::mul", 0.5),
         event("GeneratedBackwardFor_dreamfusion_fast_hash_encode_defaultBackward", 1.0),
         event("autograd::engine::evaluate_function: GeneratedBackwardFor_dreamfusion_fast_mlp"
