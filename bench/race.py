@@ -55,6 +55,8 @@ class Racer:
 
     def ask(self, request: dict, limit: float):
         """The answer. Raises RuntimeError: it failed, ended, or took too long; Absent."""
+        if request["do"] == "time" and (status := self.worker.process.poll()) is not None:
+            raise RuntimeError(f"ended with status {status} while another had its turn: memory?")
         self._start()
         with self._awake():
             self.worker.send(json.dumps(request))

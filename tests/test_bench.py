@@ -197,6 +197,16 @@ def test_a_stopped_process_answers_again_and_ends_with_its_parent(fakes, tmp_pat
     racer.close()
 
 
+def test_a_process_that_is_killed_while_it_waits_is_said_to_be(fakes, tmp_path):
+    racer = race.Racer(fakes("ours")["ours"], tmp_path)
+    racer.ask({"do": "drop"}, 60)
+    racer.worker.process.kill()
+    racer.worker.process.wait()
+    with pytest.raises(RuntimeError, match="ended with status -9 while another had its turn"):
+        racer.ask({"do": "time", "calls": 1}, 60)
+    racer.close()
+
+
 def state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
 
