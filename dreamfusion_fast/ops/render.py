@@ -206,7 +206,8 @@ class _Batched(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan: _Plan, *parameters: Tensor):
         results, kept, limits, count = [], [], [], 0
-        room = plan.kept_rows if any(ctx.needs_input_grad) else 0
+        backward = plan.kept_rows > 0 and any(ctx.needs_input_grad)
+        room = plan.kept_rows if backward else 0
         for begin, end in plan.batches():
             with torch.set_grad_enabled(room > 0):
                 samples, outputs = plan.batch(begin, end, None)
@@ -216,9 +217,10 @@ class _Batched(torch.autograd.Function):
             fits = len(samples.t) <= room
             room = room - len(samples.t) if fits else 0
             kept.append(outputs if fits else None)
-            limits.append(
-                None if fits else visible_samples(weights, opacity, samples.packed, plan.early_stop)
-            )
+            limit = None  # of the samples that backward makes again
+            if backward and not fits:
+                limit = visible_samples(weights, opacity, samples.packed, plan.early_stop)
+            limits.append(limit)
         ctx.plan, ctx.kept, ctx.limits = plan, kept, limits
         ctx.save_for_backward(*parameters)
         ctx.set_materialize_grads(False)
