@@ -12,7 +12,8 @@ from functools import partial
 
 import torch
 
-from dreamfusion_fast import guidance
+from dreamfusion_fast import camera, guidance
+from dreamfusion_fast.guidance.protocol import conditions_of
 
 
 def contenders(views: int) -> dict:
@@ -33,8 +34,9 @@ def contenders(views: int) -> dict:
         size, channels = guide.unet.config.sample_size, guide.unet.config.in_channels
         z = torch.randn(2 * views, channels, size, size).to(guide.dtype)
         z, t = z.contiguous(memory_format=layout), torch.full((2 * views,), 500)
-        embedding = guide.embed(["a red car"] * 2 * views)
-        made[name] = partial(guide.predict, z, t, embedding)
+        text = guide.embed(["a red car"] * 2 * views)
+        cameras = camera.orbit([0.0] * views, 20.0, 1.4, 1.0)
+        made[name] = partial(guide.predict, z, t, conditions_of(text, cameras, 2))
     return made
 
 

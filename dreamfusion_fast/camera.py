@@ -17,6 +17,8 @@ from .config import CameraConfig
 
 OVERHEAD_ELEVATION = 60.0  # degrees: above it a view is "overhead" (A.2)
 VIEWS = ("front", "side", "back", "overhead")
+POSITION_SCALE = 1.4  # scene units: about how far off the toybox's cameras are
+N_NUMBERS = 13  # of `flattened`
 
 
 @dataclass
@@ -33,9 +35,30 @@ class Cameras:
         """(B,) int64 index into VIEWS: overhead above 60 degrees, else the nearest azimuth."""
         return view_index(self.elevation, self.azimuth)
 
+    def repeat(self, n: int) -> Cameras:
+        """The same B cameras n times, one whole set behind the other."""
+        return Cameras(*(x.repeat(n, *[1] * (x.ndim - 1)) for x in vars(self).values()))
+
     def to(self, device) -> Cameras:
         """On a device, without waiting for it."""
         return Cameras(*(x.to(device, non_blocking=True) for x in vars(self).values()))
+
+
+def flattened(cameras: Cameras) -> Tensor:
+    """(B, 13) numbers of about 1, as a network is told where it looks from: the rows of the 3x4
+    camera-to-world matrix, its position over 1.4 scene units, then the focal length in image
+    widths. On the cameras' device, without waiting for it."""
+    scale = cameras.c2w.new_ones(4)
+    scale[3] = 1.0 / POSITION_SCALE
+    return torch.cat(((cameras.c2w * scale).flatten(1), cameras.focal[:, None]), 1)
+
+
+def mirrored(cameras: Cameras) -> Cameras:
+    """The cameras behind a mirror in the plane y = 0: what they see of a world that is symmetric
+    there is their picture flipped from left to right."""
+    flip = cameras.c2w.new_tensor([1.0, -1.0, 1.0])[:, None]
+    columns = cameras.c2w.new_tensor([-1.0, 1.0, 1.0, 1.0])  # right stays right of the picture
+    return Cameras(cameras.c2w * flip * columns, cameras.focal, cameras.elevation, -cameras.azimuth)
 
 
 def view_index(elevation: Tensor, azimuth: Tensor) -> Tensor:

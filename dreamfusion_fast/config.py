@@ -95,6 +95,7 @@ class GuidanceConfig:
     tiny_vae: str | None = None  # folder or hub name of an AutoencoderTiny, e.g. madebyollin/taesd
     scale: float = 10.0  # omega of (1 + omega) eps_cond - omega eps_uncond; 100 (paper)
     negative: str = ""  # text in the place of the empty one
+    camera: bool | None = None  # told to the network; true: it must take one; None: if it does
     view_text: str = "nearest"  # front, side, back: the nearest's (paper) | interpolate | none
     perp_neg: float = 0.0  # how strongly the neighbouring sides' texts are avoided; 0: not
     t_range: tuple[float, float] = (0.02, 0.98)  # share of the schedule (paper)
@@ -207,7 +208,8 @@ def _fitted(value, old, annotation: str):
         return tuple(map(float, value)) if fits else None
     kind = type(old)
     if old is None:  # what else it may be stands in its annotation, "int | None"
-        kind = {"int": int, "float": float, "str": str}[annotation.split(" ")[0]]
+        kinds = {"int": int, "float": float, "str": str, "bool": bool}
+        kind = kinds[annotation.split(" ")[0]]
     if kind is float:
         return float(value) if _is_number(value) else None
     return value if isinstance(value, kind) and isinstance(value, bool) == (kind is bool) else None
@@ -240,6 +242,10 @@ def preset(guidance: str, **settings) -> RunConfig:
         _for_large_model(config, "steps" in settings)
     if guidance == "toybox":
         config.camera = toybox_camera()
+        # The network knows the camera: little is left for guidance to amplify, and t's upper end
+        # may fall, since shape is decided early and its own guesses blur what is fine.
+        config.guidance.camera, config.guidance.scale = True, 5.0
+        config.guidance.weighting, config.guidance.t_high_end = "uniform", 0.3
         # Guidance makes parts fatter than they are; the paper's weight hardly holds against it.
         config.loss.opacity = (0.15, 0.01, 1.0)
         config.shading.white = 0.62  # of world.CLAY: what its training showed as textureless

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import camera, losses, sds, shading
 from .config import RunConfig
+from .guidance.protocol import Conditions, conditions_of
 from .optimizers import rate_share
 from .prompting import Prompts
 
@@ -25,8 +26,9 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 class Draw:
     """What is random or scheduled in one pass, on the device. seeds: (2,) int64, of the samples and
     of the noise; t: (B,), None without diffusion; shading: (B, 7), see shading.sample, of which any
-    row is `lit`; embedding and negative_weights: see prompting.Prompts; rate: (1,), factor of the
-    learning rates; losses: (7,), see losses.weights_at; progress: (1,), share of the run."""
+    row is `lit`; conditions: of all predictions; negative_weights: see prompting.Prompts; rate:
+    (1,), factor of the learning rates; losses: (7,), see losses.weights_at; progress: (1,), share
+    of the run."""
 
     cameras: camera.Cameras
     background: Tensor | None
@@ -34,7 +36,7 @@ class Draw:
     t: Tensor | None
     shading: Tensor
     lit: bool
-    embedding: Tensor
+    conditions: Conditions
     negative_weights: Tensor | None
     rate: Tensor
     losses: Tensor
@@ -42,7 +44,10 @@ class Draw:
 
     def copy_(self, other: Draw) -> None:
         """Take the other's numbers, in the same places."""
-        mine, others = ([*vars(x.cameras).values(), *vars(x).values()] for x in (self, other))
+        mine, others = (
+            [*vars(x.cameras).values(), *x.conditions.tensors(), *vars(x).values()]
+            for x in (self, other)
+        )
         for old, new in zip(mine, others, strict=True):
             if isinstance(old, Tensor):
                 old.copy_(new, non_blocking=True)
@@ -71,6 +76,12 @@ class Drawing:
     ):
         self.config, self.guidance, self.prompts = config, guidance, prompts
         self.schedule, self.colour_map, self.device = schedule, colour_map, device
+        self.takes_camera = getattr(guidance.guide, "takes_camera", False)
+        if config.guidance.camera and not self.takes_camera:
+            raise ValueError(
+                "config `guidance.camera`: expected false, as the guidance's network takes no "
+                "camera (a prior that was trained on words alone?), got true"
+            )
 
     def __call__(self, step: int, generator: torch.Generator) -> Draw:
         c, share = self.config, step / self.config.steps
@@ -85,15 +96,22 @@ class Drawing:
         if hasattr(self.guidance.guide, "set_cameras"):
             self.guidance.set_cameras(cameras, background, generator, light)
         t = None if self.schedule is None else self.schedule.draw(c.views, share, generator)
-        embedding, negative_weights = self.prompts(cameras, shading.is_textureless(light))
+        text, negative_weights = self.prompts(cameras, shading.is_textureless(light))
+        there = cameras.to(self.device)
+        conditions = Conditions(text)
+        if self.takes_camera:
+            told = c.guidance.camera is not False
+            conditions = conditions_of(
+                text, there, len(text) // c.views, told, self.guidance.unconditional_camera
+            )
         return Draw(
-            cameras.to(self.device),
+            there,
             None if background is None else self._there(background),
             self.seeds(generator, 2),
             None if t is None else self._there(t),
             self._there(light),
             bool(shading.is_lit(light).any()),
-            embedding,
+            conditions,
             negative_weights,
             self._there(torch.tensor([rate_share(step, c)])),
             self._there(losses.weights_at(c.loss, share)),

@@ -32,13 +32,20 @@ def toybox(
     ] = "toybox",
     out: Annotated[Path, typer.Option(help="folder for runs and results")] = Path("runs/evaluate"),
     prompt: Annotated[list[str] | None, typer.Option(help="only this pair; repeatable")] = None,
+    colours: Annotated[
+        str,
+        typer.Option(
+            help="without --prompt: trained, every object in a colour that training saw with it; "
+            "held-out, in one that it never saw; half, twelve and six of both"
+        ),
+    ] = "trained",
     steps: Annotated[int | None, typer.Option(help="steps of a run")] = None,
     seed: Annotated[int, typer.Option(help="the first one")] = 0,
     seeds: Annotated[int, typer.Option(help="runs of each pair")] = 1,
     variant: Annotated[
         list[str] | None,
         typer.Option(
-            help="full, narrow, wide, +views, +lighting, +textureless, dream-fields or "
+            help="full, narrow, wide, +views, +lighting, +textureless, +camera, dream-fields or "
             "paper-field; repeatable"
         ),
     ] = None,
@@ -59,7 +66,7 @@ def toybox(
     from .judges import load
 
     began, where = time.perf_counter(), pick_device(device)
-    pairs, variants = work.pairs_of(prompt, guide), variant or ["full"]
+    pairs, variants = work.pairs_of(prompt, colours), variant or ["full"]
     every = list(range(seed, seed + seeds))
     jobs = work.plan(guide, pairs, variants, every, steps, parse_settings(set_ or []), out)
     rows: list[results.Result] = []

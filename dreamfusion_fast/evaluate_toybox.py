@@ -25,18 +25,20 @@ from .toybox.scorer import Scorer
 from .train import Trainer, load_guidance
 
 GUIDANCES = ("toybox", "exemplar", "clip")
-WIDE = {"guidance.view_text": "none", "shading.lit": 0.0}
+WORDS = {"guidance.camera": False, "shading.lit": 0.5}  # the paper's guidance: no camera
+WIDE = {**WORDS, "guidance.view_text": "none", "shading.lit": 0.0}
 VARIANTS: dict[str, dict] = {  # name -> settings; the paper's ablation from "wide" on
     "full": {},
     "narrow": {"camera.elevation": [0.0, 30.0], "camera.azimuth": [-45.0, 45.0], **WIDE},
     "wide": WIDE,
-    "+views": {"shading.lit": 0.0},
-    "+lighting": {"shading.textureless": 0.0},
-    "+textureless": {},  # the full method, under the name that the paper's figure gives it
+    "+views": {**WORDS, "shading.lit": 0.0},
+    "+lighting": {**WORDS, "shading.textureless": 0.0},
+    "+textureless": WORDS,  # the paper's full method
+    "+camera": {**WORDS, "guidance.camera": None},  # beyond the paper: the network is told it
     "dream-fields": {"guidance.name": "clip"},
     "paper-field": {"field.name": "paper"},
 }
-MEASURES = 2  # version of the measures: another one makes stored results out of date
+MEASURES = 3  # version of the measures: another one makes stored results out of date
 VIEWS_SIZE = 96  # pixels, of a picture in the overview
 
 
@@ -55,23 +57,32 @@ class Job:
         return self.folder / "views.png"
 
 
-def default_pairs(guide: str) -> list[tuple[str, str]]:
-    """The pairs that are measured. exemplar: every third object in a colour of its own; others:
-    every second object in a colour that training saw, and six others in one it never saw."""
-    pairs = []
+COLOURS = ("trained", "held-out", "half")
+
+
+def default_pairs(colours: str = "trained") -> list[tuple[str, str]]:
+    """The pairs that are measured: every object, each in one colour. trained: in a colour that the
+    prior's training saw with it; held-out: in one that it never saw; half: every second object in
+    the first and every fourth in the second, which was the default before all objects were.
+    Raises ValueError for another word."""
+    if colours not in COLOURS:
+        raise ValueError(
+            f"argument `--colours`: expected one of {', '.join(COLOURS)}, got {colours!r}"
+        )
+    trained, unseen = [], []
     for k, name in enumerate(shapes.OBJECTS):
         seen = [c for c in world.COLOURS if not world.is_held_out(c, name)]
-        pairs.append((seen[(3 * k) % len(seen)], name))
-    if guide == "exemplar":
-        return pairs[::3]
-    unseen = [next(c for c in world.COLOURS if world.is_held_out(c, o)) for o in shapes.OBJECTS]
-    return pairs[::2] + list(zip(unseen, shapes.OBJECTS))[1::4]
+        trained.append((seen[(3 * k) % len(seen)], name))
+        unseen.append((next(c for c in world.COLOURS if world.is_held_out(c, name)), name))
+    if colours == "half":
+        return trained[:24:2] + unseen[1:24:4]
+    return trained if colours == "trained" else unseen
 
 
-def pairs_of(texts: list[str] | None, guide: str) -> list[tuple[str, str]]:
+def pairs_of(texts: list[str] | None, colours: str = "trained") -> list[tuple[str, str]]:
     """(colour, object) of each prompt; without prompts the default ones."""
     if not texts:
-        return default_pairs(guide)
+        return default_pairs(colours)
     pairs = [world.parse(t) for t in texts]
     for text, (colour, _name) in zip(texts, pairs):
         world.check_prompt(text)
@@ -214,10 +225,12 @@ def measure(job: Job, renderer, scorer: Scorer) -> Result:
             notes[str(error)] = None
             return None
 
+    true = metrics.true_mesh(job.name)
     mesh = attempt(export.mesh, field, radius, metrics.GRID)
-    near = (None, None) if mesh is None else metrics.surfaces(mesh, metrics.true_mesh(job.name))
+    near = (None, None) if mesh is None else metrics.surfaces(mesh, true)
     turn, truth = metrics.turn(renderer), metrics.true_turn(job.colour, job.name)
-    prompts = [world.prompt(c, o) for c, o in world.all_pairs()]
+    psnr, ssim = metrics.pictures(renderer, job.colour, job.name)
+    precision = metrics.colour_precision(renderer, scorer, job.colour, job.name)
     clay, place = metrics.clay_prompts(), list(shapes.OBJECTS).index(job.name)
     export.contact_sheet(renderer, job.folder / "contact_sheet.png")
     export.write_png(_views(renderer), job.views())
@@ -225,9 +238,7 @@ def measure(job: Job, renderer, scorer: Scorer) -> Result:
         prompt=job.config.prompt,
         held_out=world.is_held_out(job.colour, job.name),
         iou=attempt(metrics.volume_iou, field, radius, job.name),
-        precision=metrics.colour_precision(
-            renderer, scorer, prompts, prompts.index(job.config.prompt)
-        ),
+        precision=precision.all,
         seconds=_seconds(job.folder),
         variant=job.variant,
         seed=job.config.seed,
@@ -237,6 +248,12 @@ def measure(job: Job, renderer, scorer: Scorer) -> Result:
         view_error=metrics.view_error(turn, truth),
         geometry=metrics.geometry_precision(renderer, scorer, clay, place),
         note="; ".join(notes),
+        f_score=None if mesh is None else metrics.f_score(mesh, true),
+        psnr=psnr,
+        ssim=ssim,
+        same_colour=precision.same_colour,
+        same_object=precision.same_object,
+        guide_judges=job.config.guidance.name == "clip" and job.config.guidance.model is None,
     )
 
 

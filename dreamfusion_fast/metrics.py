@@ -7,24 +7,31 @@ Frame and units are the toybox's: z up, +x the front, scene units. What a result
 from __future__ import annotations
 
 import functools
+import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import trimesh
 from scipy.spatial import cKDTree
-from skimage.measure import marching_cubes
+from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from . import camera, export, shading
 from .camera import Cameras
 from .toybox import renderer as true_renderer
 from .toybox import shapes, world
+from .toybox import surfaces as surfaces_of
 from .toybox.pictures import pinhole_rays
+from .toybox.surfaces import true_mesh
 
 ELEVATION, AZIMUTHS, DISTANCE, FOCAL = 30.0, 8, 1.4, 1.0  # degrees, views, units, image widths
 GRID = 128  # cells a side for volume IoU and for surfaces
 POINTS = 50_000  # on each surface
+NEAR = 0.02  # of the true bounding box's longest side: what counts as the same place
+EYES = 100  # cameras that decide what can be seen
+SLACK = 0.005  # scene units in front of a point that still is its own surface
 TURN, TURN_ELEVATION, TURN_SIZE = 24, 15.0, 64  # azimuths once around, degrees, pixels
 FRONT, ASTRAY = 45.0, 60.0  # degrees: what counts as the front; further off is a wrong view
 ALIKE = 1e-3  # mean squared difference in [0, 1] below which two pictures look the same
@@ -46,18 +53,6 @@ def _distances(name: str, radius: float) -> Tensor:
     return distance.reshape(GRID, GRID, GRID)
 
 
-@functools.cache
-def true_mesh(name: str) -> trimesh.Trimesh:
-    """The surface of object `name`, scene units, normals out; made once, not to be changed."""
-    radius = 1.05 * shapes.OBJECT_RADIUS
-    distance = _distances(name, radius).numpy()
-    corners, faces, _, _ = marching_cubes(distance, 0.0, gradient_direction="ascent")
-    mesh = trimesh.Trimesh((corners + 0.5) * (2.0 * radius / GRID) - radius, faces)
-    if mesh.volume < 0:
-        mesh.invert()
-    return mesh
-
-
 def surfaces(found: trimesh.Trimesh, true: trimesh.Trimesh) -> tuple[float, float]:
     """Chamfer distance and normal consistency of two surfaces.
 
@@ -77,6 +72,80 @@ def _sample(mesh: trimesh.Trimesh) -> tuple[np.ndarray, np.ndarray]:
     """Points (N, 3) uniform in area, and the unit normals (N, 3) of their faces."""
     points, faces = trimesh.sample.sample_surface(mesh, POINTS, seed=0)
     return np.asarray(points), mesh.face_normals[faces]
+
+
+def f_score(found: trimesh.Trimesh, true: trimesh.Trimesh) -> float:
+    """F-score of a surface (Knapitsch et al. 2017), in [0, 1], of what cameras can see.
+
+    POINTS are drawn on each surface; those that no camera of `everywhere` sees are left out: the
+    bottom of a cup, the inside of a hull. Precision is the share of the found ones that lie within
+    NEAR of the longest side of the true bounding box of the true surface, recall the share of the
+    true ones that lie as near to the found surface; the score is their harmonic mean.
+    """
+    p, q = _sample(found)[0], _sample(true)[0]
+    limit = NEAR * float(true.extents.max())
+    shares = []
+    for points, own, other in ((p, found, q), (q, true, p)):
+        seen = points[visible(own, points)]
+        near = cKDTree(other).query(seen)[0] <= limit if len(seen) else np.zeros(1)
+        shares.append(float(near.mean()))
+    precision, recall = shares
+    return 0.0 if precision + recall == 0 else 2 * precision * recall / (precision + recall)
+
+
+def everywhere() -> Tensor:
+    """(EYES, 3) camera positions spread over the range that runs are trained in: elevations of -10
+    to 90 degrees, alike dense in area (a Fibonacci lattice), DISTANCE away."""
+    i = torch.arange(EYES, dtype=torch.float64) + 0.5
+    low, high = math.sin(math.radians(-10.0)), 1.0
+    z = low + (high - low) * i / EYES
+    azimuth = i * math.pi * (3.0 - math.sqrt(5.0))
+    level = (1.0 - z.square()).sqrt()
+    return DISTANCE * torch.stack((level * azimuth.cos(), level * azimuth.sin(), z), 1)
+
+
+def visible(mesh: trimesh.Trimesh, points: np.ndarray) -> np.ndarray:
+    """Which of the points (N, 3) on a mesh some camera of `everywhere` sees, (N,) bool."""
+    scene, seen = surfaces_of.scene(mesh), np.zeros(len(points), dtype=bool)
+    for eye in everywhere().numpy():
+        left = np.flatnonzero(~seen)
+        toward = points[left] - eye
+        far = np.linalg.norm(toward, axis=1)
+        rays_o = np.broadcast_to(eye, toward.shape)
+        _, distance = surfaces_of.cast(scene, rays_o, toward / far[:, None])
+        seen[left[distance > far - SLACK]] = True
+    return seen
+
+
+def picture_cameras() -> Cameras:
+    """The VIEWS fixed cameras of `pictures`: three elevations, azimuths spread evenly."""
+    orbits = [
+        camera.orbit([360.0 * (i + k / 3) / 8 for i in range(8)], elevation, DISTANCE, FOCAL)
+        for k, elevation in enumerate((0.0, 30.0, 60.0))
+    ]
+    return Cameras(*(torch.cat(x) for x in zip(*(vars(o).values() for o in orbits))))
+
+
+def pictures(renderer, colour: str, name: str) -> tuple[float, float]:
+    """Mean PSNR (dB) and mean SSIM of a result's albedo against the true object's, over the views
+    of picture_cameras, on grey."""
+    found = export.render_views(renderer, picture_cameras(), 2 * TURN_SIZE, GREY)
+    return likeness(F.avg_pool2d(found, 2), true_pictures(colour, name))
+
+
+@functools.lru_cache(maxsize=32)
+def true_pictures(colour: str, name: str) -> Tensor:
+    """Of the true object from picture_cameras, (24, 3, S, S); not to be changed."""
+    return true_views(name, picture_cameras(), colour)
+
+
+def likeness(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Mean PSNR in dB (at most 60, of equal pictures) and mean SSIM of pictures (B, 3, S, S) in
+    [0, 1]."""
+    error = (a - b).square().flatten(1).mean(1).clamp_min(1e-6)
+    pairs = zip(a.permute(0, 2, 3, 1).numpy(), b.permute(0, 2, 3, 1).numpy())
+    similar = [structural_similarity(x, y, channel_axis=2, data_range=1.0) for x, y in pairs]
+    return float((-10.0 * error.log10()).mean()), float(np.mean(similar))
 
 
 def chamfer(found: trimesh.Trimesh, name: str) -> float:
@@ -195,11 +264,31 @@ def r_precision(judge, images: Tensor, prompts: list[str], index: int) -> float:
     return float((judge.similarities(images, prompts).argmax(1) == index).float().mean())
 
 
-def colour_precision(renderer, judge, prompts: list[str], index: int) -> float:
-    """R-Precision of a result's albedo, as the paper measures it: 30 degrees of elevation,
-    averaged over azimuths."""
+class ColourPrecision(NamedTuple):
+    """R-Precision of a result's albedo among all pairs, among those that share its colour, and
+    among those that share its object, each in [0, 1]."""
+
+    all: float
+    same_colour: float
+    same_object: float
+
+
+def colour_precision(renderer, judge, colour: str, name: str) -> ColourPrecision:
+    """R-Precision of a result's albedo, as the paper measures it: 30 degrees of elevation, averaged
+    over azimuths. The prompts are those of all pairs of colour and object."""
     images = export.render_views(renderer, orbit(AZIMUTHS, ELEVATION), judge.image_size)
-    return r_precision(judge, images, prompts, index)
+    pairs = world.all_pairs()
+    among = (
+        pairs,
+        [p for p in pairs if p[0] == colour],
+        [p for p in pairs if p[1] == name],
+    )
+    return ColourPrecision(
+        *(
+            r_precision(judge, images, [world.prompt(*p) for p in some], some.index((colour, name)))
+            for some in among
+        )
+    )
 
 
 def geometry_precision(renderer, judge, prompts: list[str], index: int) -> float:
@@ -211,7 +300,7 @@ def geometry_precision(renderer, judge, prompts: list[str], index: int) -> float
 
 def clay_prompts() -> list[str]:
     """What the embedded scorer is asked of textureless pictures, one an object."""
-    return [world.CLAY_TEMPLATE.format(object=name) for name in shapes.OBJECTS]
+    return [world.caption(world.CLAY_TEMPLATE, name) for name in shapes.OBJECTS]
 
 
 def true_geometry(judge) -> dict[str, float]:

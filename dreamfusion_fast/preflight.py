@@ -13,6 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .camera import N_NUMBERS
 from .config import RunConfig
 from .guidance.text import frozen
 
@@ -96,8 +97,10 @@ def prediction_bytes(guide, views: int, conditions: int, flash: bool = True) -> 
         if guide.text.pooled:
             pooled = torch.empty(n, guide.text.pooled_width, dtype=guide.dtype)
             added = {"text_embeds": pooled, "time_ids": torch.empty(n, 6, dtype=guide.dtype)}
+        camera = torch.empty(n, N_NUMBERS, dtype=guide.dtype) if guide.takes_camera else None
         with torch.no_grad(), _Flash(flash), Living(unet) as living:
-            unet(z_t, torch.empty(n, dtype=torch.long), tokens, added_cond_kwargs=added)
+            t = torch.empty(n, dtype=torch.long)
+            unet(z_t, t, tokens, class_labels=camera, added_cond_kwargs=added)
     return living.peak
 
 

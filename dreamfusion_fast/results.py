@@ -19,9 +19,11 @@ _MARGIN = 16  # pixels of a line of text in the overview
 
 @dataclass
 class Result:
-    """One evaluated run. iou, view_error, precision (R-Precision, colour), geometry (the same,
-    textureless) in [0, 1]; chamfer: scene units; normals: mean cosine in [-1, 1]; fronts: 1 is
-    right; seconds: of generation; note: why a number is missing. See metrics."""
+    """One evaluated run. iou, f_score, ssim, view_error, precision (R-Precision, colour),
+    same_colour and same_object (the same among prompts that share the colour, the object), geometry
+    (the same, textureless) in [0, 1]; psnr: dB; chamfer: scene units; normals: mean cosine in
+    [-1, 1]; fronts: 1 is right; seconds: of generation; guide_judges: the judge of R-Precision was
+    the guide, too; note: why a number is missing. See metrics."""
 
     prompt: str
     held_out: bool
@@ -36,17 +38,29 @@ class Result:
     view_error: float | None = None
     geometry: float | None = None
     note: str = ""
+    f_score: float | None = None
+    psnr: float | None = None
+    ssim: float | None = None
+    same_colour: float | None = None
+    same_object: float | None = None
+    guide_judges: bool = False
 
     def line(self) -> str:
         return (
-            f"{self.prompt}: IoU {_number(self.iou, '.3f')}, R-Precision {self.precision:.0%}, "
-            f"{self.seconds:.1f} s" + (f" ({self.note})" if self.note else "")
+            f"{self.prompt}: IoU {_number(self.iou, '.3f')}, F-score "
+            f"{_number(self.f_score, '.3f')}, PSNR {_number(self.psnr, '.1f')} dB, R-Precision "
+            f"{self.precision:.0%}, {self.seconds:.1f} s" + (f" ({self.note})" if self.note else "")
         )
 
 
 Value = Callable[[Result], float | None]
+JUDGED = ("precision", "precision_trained", "precision_held_out", "same_colour", "same_object",
+          "geometry")  # fmt: skip  # columns that a judge decides
 COLUMNS: dict[str, tuple[str, Value]] = {  # key: (title, value of a run; None leaves it out)
     "iou": ("IoU", lambda r: r.iou),
+    "f_score": ("F-score", lambda r: r.f_score),
+    "psnr": ("PSNR", lambda r: r.psnr),
+    "ssim": ("SSIM", lambda r: r.ssim),
     "chamfer": ("Chamfer", lambda r: r.chamfer),
     "normals": ("normals", lambda r: r.normals),
     "one_front": ("one front", lambda r: None if r.fronts is None else float(r.fronts == 1)),
@@ -54,6 +68,8 @@ COLUMNS: dict[str, tuple[str, Value]] = {  # key: (title, value of a run; None l
     "precision": ("R-Prec. colour", lambda r: r.precision),
     "precision_trained": ("trained", lambda r: None if r.held_out else r.precision),
     "precision_held_out": ("held out", lambda r: r.precision if r.held_out else None),
+    "same_colour": ("same colour", lambda r: r.same_colour),
+    "same_object": ("same object", lambda r: r.same_object),
     "geometry": ("R-Prec. geometry", lambda r: r.geometry),
     "seconds": ("seconds", lambda r: r.seconds),
 }
@@ -113,6 +129,8 @@ def means(results: list[Result]) -> str:
     """One line: how many runs, and the means that matter most."""
     names = {
         "mean_iou": "iou",
+        "mean_f_score": "f_score",
+        "mean_psnr": "psnr",
         "r_precision_trained": "precision_trained",
         "r_precision_held_out": "precision_held_out",
         "mean_seconds": "seconds",
@@ -127,12 +145,19 @@ def markdown(results: list[Result], truth: dict[str, float]) -> str:
     titles = [title for title, _value in COLUMNS.values()]
     lines = [_row("variant", "runs", *titles), "|---" * (2 + len(titles)) + "|"]
     for variant, columns in summary(results).items():
-        lines.append(_row(variant, len(by_variant(results)[variant]), *columns.values()))
+        rows = by_variant(results)[variant]
+        guided = any(r.guide_judges for r in rows)
+        cells = [
+            f"({x})" if guided and key in JUDGED and x.mean is not None else x
+            for key, x in columns.items()
+        ]
+        lines.append(_row(variant, len(rows), *cells))
     lines += ["", *_footnotes(results, truth), ""]
     lines += [
-        "| variant | prompt | seed | pair | IoU | Chamfer | normals | fronts | view error | "
-        "R-Precision | geometry | seconds | note |",
-        "|---" * 13 + "|",
+        "| variant | prompt | seed | pair | IoU | F-score | PSNR | SSIM | Chamfer | normals | "
+        "fronts | view error | R-Precision | same colour | same object | geometry | seconds | "
+        "note |",
+        "|---" * 18 + "|",
         *(_run_row(r) for r in results),
         "",
         *(f"{variant}: {means(rows)}" for variant, rows in by_variant(results).items()),
@@ -146,12 +171,18 @@ def _footnotes(results: list[Result], truth: dict[str, float]) -> list[str]:
     notes = [
         "Mean ± standard deviation over runs; (seeds): over the seeds of one prompt, averaged.",
         "Trained, held out: R-Precision of pairs that the prior's training saw, and did not see.",
+        "F-score of surface points that some camera sees, at 2 % of the object's longest side; "
+        "PSNR (dB) and SSIM of 24 fixed views of the albedo against the true object's.",
         "Chamfer in scene units, about 0.003 for the same surface.",
+        "Same colour, same object: R-Precision among the prompts that share the colour, and among "
+        "those that share the object.",
         "One front: share of runs that show the front exactly once (others: several, as Janus, or "
         f"none), of the {measured} runs whose true object has a front that differs from its back.",
         f"R-Precision, geometry: the true shapes themselves have "
         f"{statistics.fmean(truth.values()):.3f} (chance: {1 / len(truth):.3f}).",
     ]
+    if any(r.guide_judges for r in results):
+        notes.append("In parentheses: the judge of these figures was the guide, too.")
     if missing:
         notes.append(
             f"No surface: {missing} runs, left out of Chamfer and normals; see their note."
@@ -166,11 +197,16 @@ def _run_row(r: Result) -> str:
         r.seed,
         "held out" if r.held_out else "trained",
         _number(r.iou, ".3f"),
+        _number(r.f_score, ".3f"),
+        _number(r.psnr, ".1f"),
+        _number(r.ssim, ".3f"),
         _number(r.chamfer, ".4f"),
         _number(r.normals, ".3f"),
         NONE if r.fronts is None else r.fronts,
         _number(r.view_error, ".0%"),
         f"{r.precision:.0%}",
+        _number(r.same_colour, ".0%"),
+        _number(r.same_object, ".0%"),
         _number(r.geometry, ".0%"),
         f"{r.seconds:.1f}",
         r.note,

@@ -9,11 +9,15 @@ seed. Nothing here waits for the device.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .config import GuidanceConfig
+
+if TYPE_CHECKING:
+    from .guidance.protocol import Conditions
 
 PREDICTIONS = ("epsilon", "v_prediction")
 _MASK = 0xFFFFFFFF
@@ -273,7 +277,7 @@ def gradient(
     z: Tensor,
     t: Tensor,
     seed: Tensor,
-    embedding: Tensor,
+    conditions: Conditions,
     schedule: Schedule,
     bad: Tensor,
     negative_weights: Tensor | None = None,
@@ -281,17 +285,17 @@ def gradient(
 ) -> Tensor:
     """The SDS gradient with respect to z (B, C, H, W), the guidance's picture of B views.
 
-    embedding: of K * B prompts: the views' own; with a guidance scale, the unconditional ones
+    conditions: of K * B predictions: the views' own; with a guidance scale, the unconditional ones
     behind them; then negatives, with negative_weights (B, K - 2). The rest as in perturb and guide.
     """
     config, n = schedule.config, len(z)
-    copies = len(embedding) // n
+    copies = len(conditions.text) // n
     noise = None if z.is_cuda else normals(seed, n, z[0].numel())  # once, where it costs
     z_t = perturb(
         z.detach().float().contiguous(), t, seed, schedule.alphas_cumprod, copies,
         getattr(guidance, "dtype", torch.float32), getattr(guidance, "channels_last", False), noise,
     )  # fmt: skip
-    prediction = guidance.predict(z_t, t.repeat(copies), embedding)
+    prediction = guidance.predict(z_t, t.repeat(copies), conditions)
     return guide(
         prediction, z_t, t, seed, schedule.alphas_cumprod, schedule.weights, bad, config.scale,
         negative_weights, getattr(guidance, "prediction_type", "epsilon"), config.rescale,

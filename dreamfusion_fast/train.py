@@ -238,12 +238,12 @@ class Trainer:
     def _guide(self, z: Tensor, draw: Draw, share: float) -> Tensor:
         """The gradient of z, times share: the score's distillation, or a loss's own."""
         if self.schedule is None:
-            gradient = share * self.guidance.gradient(z, draw.embedding)
+            gradient = share * self.guidance.gradient(z, draw.conditions.text)
             finite = gradient.isfinite().flatten(1).all(1)
             self.bad += (~finite).sum()
             return torch.where(finite[:, None, None, None], gradient, 0.0)
         return sds.gradient(
-            self.guidance, z, draw.t, draw.seeds[1:], draw.embedding, self.schedule, self.bad,
+            self.guidance, z, draw.t, draw.seeds[1:], draw.conditions, self.schedule, self.bad,
             draw.negative_weights, share,
         )  # fmt: skip
 

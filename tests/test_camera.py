@@ -163,3 +163,28 @@ def test_up_vector_is_normal(azimuth):
         scaled = slope / (spread * (1 + slope.square()).sqrt())
         assert ks(scaled, norm.cdf) > PASSES
         assert ks(1.1 * scaled, norm.cdf) < FAILS
+
+
+def test_flattened_is_rows_of_c2w_position_scaled_then_focal():
+    one = camera.orbit([0.0], 0.0, 1.4, 0.9)
+    want = [0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0.9]  # from +x: right is +y, up +z, back +x
+    torch.testing.assert_close(camera.flattened(one), torch.tensor([want]).float())
+    assert camera.flattened(camera.sample(3, CameraConfig(), torch.Generator())).shape == (
+        3,
+        camera.N_NUMBERS,
+    )
+
+
+def test_mirrored_twice_is_the_same_and_once_still_a_rotation(rng):
+    cameras = camera.sample(20, CameraConfig(), rng)
+    once = camera.mirrored(cameras)
+    torch.testing.assert_close(torch.linalg.det(once.c2w[:, :, :3]), torch.ones(20))
+    for a, b in zip(vars(camera.mirrored(once)).values(), vars(cameras).values()):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(once.view_index(), cameras.view_index())
+
+
+def test_repeat_puts_whole_sets_behind_each_other():
+    twice = camera.orbit([0.0, 90.0], 10.0, 1.4, 1.0).repeat(2)
+    assert twice.c2w.shape == (4, 3, 4) and torch.equal(twice.c2w[:2], twice.c2w[2:])
+    assert torch.equal(twice.azimuth[:2], twice.azimuth[2:])

@@ -19,7 +19,7 @@ from dreamfusion_fast import (
 )
 from dreamfusion_fast.config import preset
 from dreamfusion_fast.results import Result
-from dreamfusion_fast.toybox import world
+from dreamfusion_fast.toybox import shapes, world
 
 PAIR = [("red", "car")]
 
@@ -41,6 +41,7 @@ def cheap(monkeypatch):
     monkeypatch.setattr(metrics, "GRID", 24)
     monkeypatch.setattr(metrics, "POINTS", 500)
     monkeypatch.setattr(metrics, "AZIMUTHS", 2)
+    monkeypatch.setattr(metrics, "EYES", 3)
 
 
 def no_training(*_args, **_options):
@@ -48,19 +49,23 @@ def no_training(*_args, **_options):
 
 
 def test_default_pairs():
-    pairs = evaluate_toybox.default_pairs("toybox")
-    trained = [p for p in pairs if not world.is_held_out(*p)]
-    assert len({o for _, o in trained}) == 12 and len(pairs) == 18
-    exemplar = evaluate_toybox.default_pairs("exemplar")
-    assert len({o for _, o in exemplar}) == 8
+    """Every object once, in colours that training saw or in such as it did not."""
+    for colours, held_out in (("trained", False), ("held-out", True)):
+        pairs = evaluate_toybox.default_pairs(colours)
+        assert [o for _, o in pairs] == list(shapes.OBJECTS)
+        assert all(world.is_held_out(*p) == held_out for p in pairs)
+    half = evaluate_toybox.default_pairs("half")
+    assert len(half) == 18 and sum(world.is_held_out(*p) for p in half) == 6
+    with pytest.raises(ValueError, match="`--colours`: expected one of trained, held-out, half"):
+        evaluate_toybox.default_pairs("all")
 
 
 def test_pairs_of_prompts():
-    assert evaluate_toybox.pairs_of(["a red car", "the red car"], "toybox") == PAIR
+    assert evaluate_toybox.pairs_of(["a red car", "the red car"]) == PAIR
     with pytest.raises(ValueError, match="`--prompt`: expected a colour and an object, got 'a car"):
-        evaluate_toybox.pairs_of(["a car"], "toybox")
+        evaluate_toybox.pairs_of(["a car"])
     with pytest.raises(ValueError, match="does not know `zebra`"):
-        evaluate_toybox.pairs_of(["a red zebra"], "toybox")
+        evaluate_toybox.pairs_of(["a red zebra"])
 
 
 def test_plan(tmp_path):
@@ -161,7 +166,7 @@ def test_without_a_surface_the_rest_is_measured(tmp_path, cheap, density):
 ROWS = [
     Result("a red car", False, 0.8, 1.0, 10.0, seed=0, fronts=1, geometry=0.5),
     Result("a red car", False, 0.6, 1.0, 10.0, seed=1, fronts=3, geometry=0.0),
-    Result("a blue ball", True, 0.4, 0.5, 40.0, seed=0, chamfer=0.02, normals=0.9),
+    Result("a blue ball", True, 0.4, 0.5, 40.0, seed=0, chamfer=0.02, normals=0.9, f_score=0.9),
     Result("a red car", False, None, 0.0, 5.0, variant="wide", note="no surface"),
 ]
 
@@ -174,10 +179,19 @@ def test_table_and_means():
     assert full["precision_trained"].mean == 1.0 and full["precision_held_out"].mean == 0.5
     assert results.summary(ROWS)["wide"]["iou"].mean is None
     table = results.markdown(ROWS, {"car": 0.5, "ball": 0.25})
-    assert "| full | 3 | 0.600 ± 0.200 (seeds 0.141) | 0.020 | 0.900 | 0.500 ± 0.707" in table
+    first = "| full | 3 | 0.600 ± 0.200 (seeds 0.141) | 0.900 | – | – | 0.020 | 0.900 | 0.500 ± 0.7"
+    assert first in table
     assert "| wide | 1 | – | – |" in table and "the true shapes themselves have 0.375" in table
-    assert "| full | a blue ball | 0 | held out | 0.400 | 0.0200 | 0.900 | – |" in table
-    assert "full: objects 3, mean_iou 0.600, r_precision_trained 1.000, r_precision_held" in table
+    row = "| full | a blue ball | 0 | held out | 0.400 | 0.900 | – | – | 0.0200 | 0.900 | – |"
+    assert row in table
+    assert "full: objects 3, mean_iou 0.600, mean_f_score 0.900, mean_psnr –, r_precision" in table
+
+
+def test_what_the_guide_judges_stands_in_parentheses():
+    row = Result("a red car", False, 0.8, 1.0, 10.0, geometry=0.5, guide_judges=True)
+    table = results.markdown([row], {"car": 0.5})
+    assert "(1.000)" in table and "(0.500)" in table and "(0.800)" not in table
+    assert "the judge of these figures was the guide, too" in table
 
 
 def test_results_are_written(tmp_path):

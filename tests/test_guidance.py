@@ -11,6 +11,7 @@ from test_train import Orange, tiny
 
 from dreamfusion_fast import camera, export, guidance, preflight, sds
 from dreamfusion_fast.config import GuidanceConfig, RunConfig, preset
+from dreamfusion_fast.guidance.protocol import conditions_of
 from dreamfusion_fast.prompting import Prompts, interpolated, negatives
 from dreamfusion_fast.train import Trainer, load_renderer
 
@@ -55,7 +56,8 @@ def test_gradient_is_equation_3_in_float64(folders, family, seed):
     image = torch.rand(n, 3, 8, 8, requires_grad=True)
     t, where, bad = torch.tensor([100, 700]), torch.tensor([seed]), torch.zeros(1).int()
     z = guide.encode(image)
-    z.backward(sds.gradient(guide, z, t, where, embedding, schedule, bad))
+    conditions = guidance.Conditions(embedding)
+    z.backward(sds.gradient(guide, z, t, where, conditions, schedule, bad))
 
     x = image.detach().double().requires_grad_()
     if guide.vae is None:
@@ -68,7 +70,9 @@ def test_gradient_is_equation_3_in_float64(folders, family, seed):
     noise = sds.normals(where, n, z64[0].numel()).view_as(z64).double()
     a = guide.alphas_cumprod[t].double()[:, None, None, None]
     z_t = a.sqrt() * z64.detach() + (1 - a).sqrt() * noise
-    out = exact.predict(z_t.repeat(2, 1, 1, 1), t.repeat(2), embedding.double())
+    out = exact.predict(
+        z_t.repeat(2, 1, 1, 1), t.repeat(2), guidance.Conditions(embedding.double())
+    )
     cond, uncond = out[:, : z_t.shape[1]].chunk(2)
     hat = 21 * cond - 20 * uncond
     if guide.prediction_type == "v_prediction":
@@ -126,7 +130,10 @@ def test_half_on_a_cpu_is_refused_once_and_bf16_taken(folders):
         assert guidance.load(str(folders["if"]), dtype="fp16").dtype == torch.float32
     guide = guidance.load(str(folders["if"]), dtype="bf16")
     z_t = torch.randn(1, 3, 8, 8).bfloat16()
-    assert guide.predict(z_t, torch.tensor([5]), guide.embed([""])).dtype == torch.bfloat16
+    assert (
+        guide.predict(z_t, torch.tensor([5]), guidance.Conditions(guide.embed([""]))).dtype
+        == torch.bfloat16
+    )
 
 
 def break_file(folder, name, change):
@@ -245,7 +252,7 @@ class Broken:
     def encode(self, image):
         return image * 2 - 1
 
-    def predict(self, z_t, t, embedding):
+    def predict(self, z_t, t, conditions):
         self.calls += 1
         out = torch.zeros_like(z_t)
         out[: None if self.always else int(self.calls % 3 == 0)] = math.nan
@@ -327,3 +334,110 @@ def test_presets_of_large_models_keep_given_steps():
     config = preset("sdxl", prompt="x")
     assert config.guidance.scale == 100.0 and config.render.image_size == 64
     assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+# ---- the camera ---------------------------------------------------------------------------------
+CAMERAS = camera.orbit([0.0, 120.0], 20.0, 1.4, 1.0)
+
+
+@pytest.fixture(scope="module")
+def sighted(tmp_path_factory):
+    """A pixel-space guidance that takes the camera, loaded from a folder."""
+    folder = tmp_path_factory.mktemp("sighted")
+    pipeline = pipelines.build("if", folder)
+    pipeline.unet = pipelines.unet(
+        3, 6, class_embed_type="projection", projection_class_embeddings_input_dim=camera.N_NUMBERS
+    )
+    pipeline.save_pretrained(folder / "pipeline")
+    return guidance.load(str(folder / "pipeline"))
+
+
+def predict(guide, told=True, cameras=CAMERAS, **more):
+    n = len(cameras.focal)
+    generator = torch.Generator().manual_seed(0)
+    z_t, t = torch.randn(n, 3, 8, 8, generator=generator), torch.full((n,), 500)
+    conditions = conditions_of(guide.embed([PROMPT] * n), cameras, 1, told, **more)
+    return guide.predict(z_t, t, conditions)
+
+
+def test_the_camera_reaches_a_network_that_takes_it(sighted):
+    assert sighted.takes_camera and not sighted.unconditional_camera
+    here, turned = predict(sighted), predict(sighted, cameras=camera.turned(CAMERAS, 40.0))
+    blind = predict(sighted, told=False)
+    assert (here - turned).abs().max() > 1e-4 and (here - blind).abs().max() > 1e-4
+    other = camera.turned(CAMERAS, 90.0)
+    torch.testing.assert_close(blind, predict(sighted, told=False, cameras=other))
+
+
+def test_who_is_told_the_camera():
+    """The views and negatives are; the unconditional half is where the guidance says so."""
+    text = torch.zeros(8, 1)
+    told = {u: conditions_of(text, CAMERAS, 4, True, u).told.tolist() for u in (False, True)}
+    assert told == {False: [1, 1, 0, 0, 1, 1, 1, 1], True: [1] * 8}
+    assert not conditions_of(text, CAMERAS, 4, False, True).told[:2].any()
+    assert torch.equal(conditions_of(text, CAMERAS, 4).cameras.c2w[6:], CAMERAS.c2w)
+
+
+def test_cameras_that_do_not_fit_are_refused(sighted, folders):
+    blind, z_t, t = guidance.load(str(folders["if"])), torch.randn(2, 3, 8, 8), torch.ones(2).long()
+    text = sighted.embed([PROMPT] * 2)
+    with pytest.raises(ValueError, match="expected no cameras, as the network takes none, got 2"):
+        blind.predict(z_t, t, conditions_of(text, CAMERAS, 1))
+    with pytest.raises(ValueError, match="expected cameras, which the network takes"):
+        sighted.predict(z_t, t, guidance.Conditions(text))
+    with pytest.raises(ValueError, match="expected 2 cameras, one a row of z_t, got 4"):
+        sighted.predict(z_t, t, guidance.Conditions(text, CAMERAS.repeat(2)))
+    with pytest.raises(ValueError, match=r"expected 2 cameras, .* `told` of shape \(3,\)"):
+        sighted.predict(z_t, t, guidance.Conditions(text, CAMERAS, torch.ones(3)))
+
+
+def test_a_network_with_other_classes_is_refused(tmp_path):
+    pipeline = pipelines.build("if", tmp_path)
+    pipeline.unet = pipelines.unet(3, 6, num_class_embeds=7)
+    with pytest.raises(ValueError, match="expected a U-Net without classes, .* got type None of 7"):
+        guidance.DiffusersGuidance(pipeline)
+
+
+@pytest.mark.parametrize("setting, told", [(None, 1), (True, 1), (False, 0)])
+def test_a_run_tells_the_camera_unless_words_alone_are_asked_for(sighted, setting, told, tmp_path):
+    config = tiny(prompt=PROMPT, steps=3)
+    config.guidance.name, config.render.image_size = "none", 8
+    config.guidance.camera = setting
+    trainer = Trainer(config, tmp_path, sighted)
+    rows = list(trainer.run())
+    assert rows[-1]["views_skipped"] == 0
+    conditions = trainer.draws[0].conditions
+    assert conditions.told.tolist() == [told] * config.views + [0] * config.views
+    assert torch.equal(conditions.cameras.c2w[: config.views], trainer.draws[0].cameras.c2w)
+
+
+def test_a_prior_without_camera_under_settings_that_need_it(folders, tmp_path):
+    config = tiny(prompt=PROMPT)
+    config.guidance.name, config.render.image_size = str(folders["if"]), 8
+    config.guidance.camera = True
+    with pytest.raises(ValueError, match=r"`guidance\.camera`: expected false, as the guidance's"):
+        Trainer(config, tmp_path)
+
+
+def test_a_draw_takes_anothers_conditions_in_its_place(sighted, tmp_path):
+    """A CUDA graph reads them where they lay when it was captured."""
+    config = tiny(prompt=PROMPT)
+    config.guidance.name, config.render.image_size = "none", 8
+    trainer = Trainer(config, tmp_path, sighted)
+    one, two = (trainer._draw(torch.Generator().manual_seed(k)) for k in (1, 2))
+    before = [x.data_ptr() for x in one.conditions.tensors()]
+    assert not torch.equal(one.conditions.cameras.c2w, two.conditions.cameras.c2w)
+    one.copy_(two)
+    assert before == [x.data_ptr() for x in one.conditions.tensors()]
+    for a, b in zip(one.conditions.tensors(), two.conditions.tensors(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_setting_the_camera():
+    config = RunConfig()
+    for value in (True, False):
+        config.change("guidance.camera", value)
+        assert config.guidance.camera is value
+        assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match=r"`guidance.camera`: expected a value like"):
+        config.change("guidance.camera", 3)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import trimesh
 
 from dreamfusion_fast import export, metrics
-from dreamfusion_fast.toybox import shapes
+from dreamfusion_fast.toybox import shapes, world
 
 STEPS = torch.arange(metrics.TURN)
 QUARTER = metrics.TURN // 4
@@ -76,6 +76,57 @@ def test_extracted_surface_is_near_the_true_one(few_points):
     assert metrics.chamfer(mesh, "mug") < 0.015
     assert metrics.normal_consistency(mesh, "mug") > 0.9
     assert metrics.chamfer(mesh, "airplane") > 0.05
+
+
+def test_f_score_of_spheres(few_points):
+    """Within 2 % of the box all are near; beyond it none; a half has half of the recall."""
+    true, near, far = (trimesh.creation.icosphere(5, r) for r in (0.4, 0.41, 0.43))
+    assert metrics.f_score(true, true) == 1.0 == metrics.f_score(near, true)
+    assert metrics.f_score(far, true) == 0.0
+    upper = trimesh.Trimesh(true.vertices, true.faces[true.triangles_center[:, 2] > 0.0])
+    recall = 0.5 + 0.5 * 0.016 / 0.4  # what lies within the limit of the edge counts, too
+    share = 1 / 0.95  # cameras see little of what is below
+    assert metrics.f_score(upper, true) == pytest.approx(
+        2 * recall * share / (1 + recall * share), abs=0.05
+    )
+
+
+def test_what_no_camera_sees_does_not_count(few_points):
+    """A sphere inside of a sphere; and the bottom of what stands below the cameras."""
+    outer, inner = (trimesh.creation.icosphere(5, r) for r in (0.4, 0.2))
+    both = outer + inner
+    points, _ = metrics._sample(both)
+    seen = metrics.visible(both, points)
+    inside = np.linalg.norm(points, axis=1) < 0.3
+    assert not seen[inside].any() and seen[~inside].mean() > 0.8
+    bottom = points[:, 2] < -0.3995  # at -0.395 some are seen from 10 degrees below
+    assert bottom.any() and not seen[bottom].any()
+    assert metrics.f_score(both, outer) > 0.95  # 0.89 if the inner one counted
+
+
+def test_cameras_that_decide_what_is_seen_are_those_of_the_default_range():
+    eyes = metrics.everywhere()
+    elevation = torch.rad2deg(torch.asin(eyes[:, 2] / metrics.DISTANCE))
+    assert len(eyes) == metrics.EYES and elevation.min() > -10.5 and elevation.max() > 80
+    torch.testing.assert_close(eyes.norm(dim=1), torch.full((len(eyes),), 1.4).double())
+
+
+def test_likeness_of_pictures(rng):
+    a = torch.rand(3, 3, 16, 16, generator=rng)
+    assert metrics.likeness(a, a) == (pytest.approx(60.0), pytest.approx(1.0))
+    psnr, ssim = metrics.likeness(a, (a + 0.1))
+    assert psnr == pytest.approx(20.0, abs=1e-3) and 0.5 < ssim < 1.0
+
+
+def test_pictures_of_a_result_are_compared_with_the_true_objects(monkeypatch):
+    def render_views(renderer, cameras, size, background):
+        return metrics.true_views(renderer, cameras, "red", size, background)
+
+    monkeypatch.setattr(export, "render_views", render_views)
+    psnr, ssim = metrics.pictures("car", "red", "car")  # traced finer, filtered alike
+    assert psnr > 35 and ssim > 0.98
+    assert metrics.pictures("boat", "red", "car")[0] < 20
+    assert len(metrics.picture_cameras().focal) == 24
 
 
 def soft(pictures):
@@ -171,7 +222,11 @@ def test_colour_and_geometry_are_seen_at_30_degrees(monkeypatch):
         return torch.full((len(cameras.focal), 3, size, size), 0.5)
 
     monkeypatch.setattr(export, "render_views", render_views)
-    assert metrics.colour_precision(None, Judge(0), ["a", "b"], 0) == 1.0
+    pairs = world.all_pairs()
+    first = pairs[0]
+    assert metrics.colour_precision(None, Judge(0), *first) == (1.0, 1.0, 1.0)
+    assert metrics.colour_precision(None, Judge(0), *pairs[1])[0] == 0.0
+    asked[1:] = []
     assert metrics.geometry_precision(None, Judge(0), ["a", "b"], 1) == 0.0
     assert [(m, s) for m, s, _ in asked] == [("albedo", 16), ("textureless", 16)]
     for _, _, cameras in asked:

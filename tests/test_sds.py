@@ -8,6 +8,7 @@ import torch
 
 from dreamfusion_fast import graph, sds
 from dreamfusion_fast.config import GuidanceConfig
+from dreamfusion_fast.guidance.protocol import Conditions
 
 ALPHAS = torch.linspace(0.999, 0.001, 100)
 
@@ -18,8 +19,8 @@ class Shrink:
     def __init__(self, prediction_type="epsilon", dtype=torch.float32):
         self.prediction_type, self.dtype = prediction_type, dtype
 
-    def predict(self, z_t, t, embedding):
-        return (embedding[:, None, None, None] * z_t.double()).to(z_t.dtype)
+    def predict(self, z_t, t, conditions):
+        return (conditions.text[:, None, None, None] * z_t.double()).to(z_t.dtype)
 
 
 def random_seed(seed: int) -> torch.Tensor:
@@ -32,7 +33,9 @@ def gradient(config, guide, seed, embedding, negative_weights=None, n=3, share=1
     z = torch.randn(n, 3, 4, 4, generator=generator)
     schedule = sds.Schedule(ALPHAS, config)
     t, where, bad = schedule.draw(n, 0.3, generator), random_seed(seed), torch.zeros(1).int()
-    got = sds.gradient(guide, z, t, where, embedding, schedule, bad, negative_weights, share)
+    got = sds.gradient(
+        guide, z, t, where, Conditions(embedding), schedule, bad, negative_weights, share
+    )
     noise = sds.normals(where, n, 48).view_as(z).double()
     a = ALPHAS[t].double()[:, None, None, None]
     z_t = a.sqrt() * z + (1 - a).sqrt() * noise
@@ -112,7 +115,7 @@ class Exact:
     def __init__(self, pictures):
         self.pictures = pictures
 
-    def predict(self, z_t, t, embedding):
+    def predict(self, z_t, t, conditions):
         from dreamfusion_fast.toybox.exemplar import exact_noise  # needs diffusers
 
         pictures = self.pictures.to(z_t).expand(len(z_t), -1, -1)
@@ -126,7 +129,7 @@ def test_exact_scores_give_the_closed_form(seed):
     schedule = sds.Schedule(ALPHAS, GuidanceConfig(scale=0.0))
     z, t, where = torch.randn(n, 3, 4, 4), torch.randint(5, 95, (n,)), random_seed(seed)
     bad = torch.zeros(1).int()
-    got = sds.gradient(guide, z, t, where, torch.zeros(n, 1), schedule, bad)
+    got = sds.gradient(guide, z, t, where, Conditions(torch.zeros(n, 1)), schedule, bad)
     noise = sds.normals(where, n, 48).view_as(z).double()
     a = ALPHAS[t].double()[:, None, None, None]
     hat = guide.predict(a.sqrt() * z + (1 - a).sqrt() * noise, t, None)
@@ -142,7 +145,9 @@ def test_the_control_variate_keeps_the_mean_and_lowers_the_variance(t, most, see
     where = random_seed(seed)
     times = torch.full((n,), t)
     bad = torch.zeros(1).int()
-    with_it = sds.gradient(guide, z, times, where, torch.zeros(n, 1), schedule, bad).flatten(1)
+    with_it = sds.gradient(
+        guide, z, times, where, Conditions(torch.zeros(n, 1)), schedule, bad
+    ).flatten(1)
     without = with_it + schedule.weights[t] * sds.normals(where, n, 48)
     error = (without.var(0) / n).sqrt()
     assert ((with_it.mean(0) - without.mean(0)).abs() < 5 * error).all()
@@ -325,7 +330,7 @@ def test_triton_in_a_graph(seed):
     embedding, out = torch.tensor([0.5, 0.3, 0.2, 0.9], device=DEVICE), torch.zeros_like(z)
 
     def step():
-        out.copy_(sds.gradient(Shrink(), z, t, where, embedding, schedule, bad))
+        out.copy_(sds.gradient(Shrink(), z, t, where, Conditions(embedding), schedule, bad))
 
     captured = graph.Captured(step, DEVICE)
     for k in range(6):
@@ -334,8 +339,9 @@ def test_triton_in_a_graph(seed):
         where += 1
         captured()
         on_cpu = sds.Schedule(ALPHAS, GuidanceConfig(scale=3.0))
-        given = [x.cpu() for x in (z, t, where, embedding)]
-        want = sds.gradient(Shrink(), *given, on_cpu, torch.zeros(1).int())
+        given = [x.cpu() for x in (z, t, where)]
+        conditions = Conditions(embedding.cpu())
+        want = sds.gradient(Shrink(), *given, conditions, on_cpu, torch.zeros(1).int())
         torch.testing.assert_close(out.cpu(), want, rtol=1e-4, atol=1e-4)
     assert captured.graph is not None
 

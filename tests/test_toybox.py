@@ -3,6 +3,7 @@ import torch
 
 from dreamfusion_fast import camera, guidance
 from dreamfusion_fast.config import preset, toybox_camera
+from dreamfusion_fast.guidance.protocol import conditions_of
 from dreamfusion_fast.toybox import PRIOR, exemplar, pictures, renderer, shapes, world
 from dreamfusion_fast.toybox.train_prior import build_tokenizer
 from dreamfusion_fast.train import Trainer
@@ -45,6 +46,42 @@ def test_tracing_ends_on_the_surface(name):
     assert (facing < 0.15).float().mean() > 0.99
 
 
+def sphere_traced(name, rays_o, rays_d):
+    """Parts and depths by steps along the signed distance, in float64: slow and sure."""
+    o, d = rays_o.reshape(-1, 3).double(), rays_d.reshape(-1, 3).double()
+    t, part = torch.zeros(len(o)).double(), torch.full((len(o),), 255)
+    alive = torch.arange(len(o))
+    for _ in range(400):
+        distance, nearest = shapes.signed_distance(name, o[alive] + t[alive, None] * d[alive])
+        hit = distance < 1e-5
+        part[alive[hit]] = nearest[hit]
+        t[alive[~hit]] += 0.7 * distance[~hit]  # a thin ellipsoid's bound is too long
+        alive = alive[~hit & (t[alive] < 3.0)]
+    return part.view(rays_o.shape[:-1]), t.view(rays_o.shape[:-1])
+
+
+@pytest.mark.parametrize("name", ["car", "mug", "bicycle", "ship", "lighthouse"])
+def test_the_ray_caster_sees_what_the_distances_are(name, rng):
+    cameras = camera.sample(2, toybox_camera(), rng)
+    rays_o, rays_d = pictures.pinhole_rays(cameras, 64)
+    g = renderer.trace(name, rays_o, rays_d)
+    part, t = sphere_traced(name, rays_o, rays_d)
+    both = (part != 255) & (g.part != 255)
+    assert (g.part.long() != part).float().mean() < 0.012  # outlines and seams
+    off = (g.depth.double() - t)[both].abs()
+    assert off.median() < 1.5e-3 and off.quantile(0.97) < 0.02
+
+    def shaded(parts, depth, normal):
+        points, grey = rays_o + depth[..., None] * rays_d, torch.full((1, 1, 1, 3), 0.5)
+        colours = renderer.palette(name, world.COLOURS["red"]).expand(2, -1, -1)
+        ambient = torch.ones(2)
+        return renderer.shade(parts, normal, points, colours, grey, cameras.c2w[:, :, 3], ambient)
+
+    ours = shaded(g.part, g.depth.float(), g.normal)
+    theirs = shaded(part.to(torch.uint8), t.float(), g.normal)
+    assert (ours - theirs).abs().mean() < 0.004
+
+
 def test_rays_that_miss_keep_the_background():
     cameras = camera.orbit([0.0], 0.0, 1.3, 30.0)  # a telescope past the donut's hole
     rays_o, rays_d = pictures.pinhole_rays(cameras, 4)
@@ -61,19 +98,44 @@ def test_one_pair_in_six_is_held_out():
 def test_training_never_draws_a_held_out_pair(rng):
     source = pictures.Pictures(4, 0, toybox_camera(), objects=["ball", "cube"])
     for held_out in (False, True):
-        images, prompts = source.draw(60, rng, held_out=held_out, clay=0.0)
+        batch = source.draw(60, rng, held_out=held_out, clay=0.0)
+        images = batch.images
         assert images.shape == (60, 3, 64, 64) and 0 <= images.min() and images.max() <= 1
-        pairs = {world.parse(p) for p in prompts}
+        pairs = {world.parse(p) for p in batch.prompts}
         assert all(world.is_held_out(*p) == held_out for p in pairs if p[0])
 
 
 def test_tokenizer_knows_every_word_the_captions_use(rng):
     tokenizer = build_tokenizer()
     source = pictures.Pictures(4, 0, toybox_camera(), objects=["ball", "duck"])
-    _, prompts = source.draw(200, rng)
-    tokens = tokenizer(prompts).input_ids
+    tokens = tokenizer(source.draw(200, rng).prompts).input_ids
     assert not any(tokenizer.unk_token_id in row for row in tokens)
     assert max(map(len, tokens)) <= tokenizer.model_max_length
+
+
+def test_a_batchs_cameras_are_those_that_took_its_pictures(rng):
+    """The mirrored ones, too: what is traced from them is where the pictures show it."""
+    source = pictures.Pictures(6, 0, toybox_camera(), objects=["airplane"])
+    batch = source.draw(24, rng, clay=0.0)
+    rays_o, rays_d = pictures.pinhole_rays(batch.cameras, 64)
+    hit = renderer.trace("airplane", rays_o, rays_d).part != 255
+    for image, inside in zip(batch.images, hit):
+        flipped = inside.flip(-1)
+        apart = inside & ~flipped
+        if apart.sum() < 20:
+            continue  # as good as symmetric
+        behind = image[:, ~inside & ~flipped].median(dim=1).values[:, None]
+        ours, mirror = (image[:, m] - behind for m in (apart, flipped & ~inside))
+        assert ours.abs().mean() > mirror.abs().mean()
+
+
+def test_prompts_are_english():
+    assert world.prompt("orange", "mug") == "an orange mug"
+    assert world.prompt("red", "apple") == "a red apple"
+    assert world.caption(world.PLAIN_TEMPLATE, "airplane") == "an airplane"
+    assert world.caption(world.TEMPLATES[5], "mug", "orange") == "a photo of an orange mug"
+    assert world.clay_prompt("an orange apple") == "a grey clay apple"
+    world.check_prompt("an orange mug, front view")
 
 
 @pytest.mark.parametrize(
@@ -172,16 +234,22 @@ def test_prior_denoises_what_it_was_trained_on_and_listens_to_the_text(prior):
     zero by far, and than under a caption of another object and colour."""
     generator = torch.Generator().manual_seed(1)
     source = pictures.Pictures(8, 12345, toybox_camera(), objects=["car", "duck", "tree"])
-    images, prompts = source.draw(24, generator, clay=0.0)
-    z = prior.encode(images)
+    batch = source.draw(24, generator, clay=0.0)
+    z = prior.encode(batch.images)
     t = torch.full((24,), 600)
     a = prior.alphas_cumprod[t][:, None, None, None]
     noise = torch.randn(z.shape, generator=generator)
     z_t = a.sqrt() * z + (1 - a).sqrt() * noise
-    right = (prior.predict_noise(z_t, t, prior.embed(prompts)) - noise).square().mean()
-    wrong = ["a white teapot, overhead view"] * 24
-    wrong = (prior.predict_noise(z_t, t, prior.embed(wrong)) - noise).square().mean()
-    assert right < 0.01 and wrong > 1.3 * right
+
+    def error(prompts, cameras, told=True):
+        conditions = conditions_of(prior.embed(prompts), cameras, 1, told)
+        return (prior.predict_noise(z_t, t, conditions) - noise).square().mean()
+
+    right = error(batch.prompts, batch.cameras)
+    assert right < 0.01
+    assert error(["a white teapot, overhead view"] * 24, batch.cameras) > 1.3 * right
+    assert error(batch.prompts, camera.turned(batch.cameras, 90.0)) > 1.3 * right
+    assert error(batch.prompts, batch.cameras, told=False) > right
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ class Orange:
     def encode(self, image):
         return image * 2 - 1
 
-    def predict(self, z_t, t, embedding):
+    def predict(self, z_t, t, conditions):
         x = self.colour[None, :, None, None].expand_as(z_t)
         a = self.alphas_cumprod[t][:, None, None, None]
         return (z_t - a.sqrt() * x) / (1 - a).sqrt()

@@ -1,21 +1,23 @@
 """Guidance: a frozen text-to-image prior that says how noise looks in a picture.
 
-An object that guides has `embed(prompts)`, `encode(image)`, `predict(z_t, t, embedding)`,
+An object that guides has `embed(prompts)`, `encode(image)`, `predict(z_t, t, conditions)`,
 `alphas_cumprod` and `image_size`; it needs no base class. `predict` returns noise, or what
-`prediction_type` says. It may also have: `dtype` and `channels_last`, of the z_t that it wants;
-`resizes`, if encode takes pictures of any size; `release_text()`, called when all prompts are
-embedded; `set_cameras(cameras, background, generator, shading)`, called before each prediction;
-`textureless_prompt(prompt)`, the text for textureless views. One that is no diffusion model has
-`gradient(image, embedding)` in place of `predict` and `alphas_cumprod`.
+`prediction_type` says, under `protocol.Conditions`: texts, and cameras for a guidance that has
+`takes_camera` true and says in `unconditional_camera` whether the unconditional half of
+classifier-free guidance is told them, too. It may also have: `dtype` and `channels_last`, of the
+z_t that it wants; `resizes`, if encode takes pictures of any size; `release_text()`, called when
+all prompts are embedded; `set_cameras(cameras, background, generator, shading)`, called before each
+prediction; `textureless_prompt(prompt)`, the text for textureless views. One that is no diffusion
+model has `gradient(image, embedding)` in place of `predict` and `alphas_cumprod`.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .diffusers_pipeline import DTYPES, DiffusersGuidance, load_pipeline, load_tiny_vae
+from .protocol import Conditions
 
-__all__ = ["HUB", "DiffusersGuidance", "load", "load_pipeline"]
+__all__ = ["HUB", "Conditions", "DiffusersGuidance", "load", "load_pipeline"]
 
 HUB = {  # Stability's own repositories of 2.x were withdrawn in 2025: a mirror holds them
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -23,6 +25,15 @@ HUB = {  # Stability's own repositories of 2.x were withdrawn in 2025: a mirror 
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     "if": "DeepFloyd/IF-I-XL-v1.0",
 }
+
+
+def __getattr__(name: str):
+    """What needs diffusers, imported when it is asked for: that takes seconds."""
+    if name in ("DiffusersGuidance", "load_pipeline"):
+        from . import diffusers_pipeline
+
+        return getattr(diffusers_pipeline, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load(
@@ -44,6 +55,7 @@ def load(
     DiffusersGuidance. Raises ValueError when there is no such pipeline or it is incomplete.
     """
     from .. import toybox  # it builds on this module
+    from .diffusers_pipeline import DTYPES, DiffusersGuidance, load_pipeline, load_tiny_vae
 
     if name == "exemplar":
         from ..toybox.exemplar import ExemplarGuidance

@@ -16,6 +16,8 @@ from diffusers import AutoencoderTiny, DiffusionPipeline
 from diffusers.models.attention_processor import AttnAddedKVProcessor, AttnProcessor
 from torch import Tensor
 
+from ..camera import N_NUMBERS, flattened
+from .protocol import Conditions
 from .text import TextEncoders, frozen
 
 PLAIN_ATTENTION_TOKENS = 1024  # up to here two matmuls beat torch's fused attention on a CPU
@@ -104,11 +106,16 @@ class DiffusersGuidance:
         image_size: side of the square picture, pixels.
         resizes: whether other sizes are scaled to it.
         prediction_type: epsilon or v_prediction.
+        takes_camera: whether the U-Net is conditioned on the camera: it has diffusers' class
+            embedding of type "projection", of camera.flattened's 13 numbers.
+        unconditional_camera: whether the unconditional half of classifier-free guidance is told the
+            camera. It is not: the embedded prior drops words and camera together in training.
     Raises:
         ValueError: not a text-to-image pipeline of these kinds, or a size that the VAE cannot take.
     """
 
     channels_last = True
+    unconditional_camera = False
 
     def __init__(
         self,
@@ -136,6 +143,7 @@ class DiffusersGuidance:
         side = float(self.image_size)  # for SDXL: of the original, corner of the crop, wanted
         self.sizes = torch.tensor([side, side, 0.0, 0.0, side, side], device=self.device)
         config = self.unet.config
+        self.takes_camera = _takes_camera(config)
         if self.device.type == "cpu" and config.sample_size**2 <= PLAIN_ATTENTION_TOKENS:
             added = config.mid_block_type == "UNetMidBlock2DSimpleCrossAttn"
             self.unet.set_attn_processor(AttnAddedKVProcessor() if added else AttnProcessor())
@@ -239,25 +247,62 @@ class DiffusersGuidance:
         )
 
     @torch.no_grad()
-    def predict(self, z_t: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
-        """What the U-Net says (prediction_type) of z_t, like encode's result, t (B,) int64,
-        embedding (B, ...). IF's also holds a variance, in channels behind."""
-        tokens, pooled = self.text.split(embedding)
+    def predict(self, z_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """What the U-Net says (prediction_type) of z_t, like encode's result, t (N,) int64, under N
+        conditions. IF's also holds a variance, in channels behind. Raises ValueError for cameras
+        that the U-Net does not take, none where it takes them, or another number than N."""
+        camera = self._camera_numbers(z_t, conditions)
+        tokens, pooled = self.text.split(conditions.text)
         added = None
         if pooled is not None:
             sizes = self.sizes.to(z_t.dtype).expand(len(z_t), 6)
             added = {"text_embeds": pooled, "time_ids": sizes}
-        return self.unet(z_t, t, tokens, added_cond_kwargs=added).sample
+        return self.unet(z_t, t, tokens, class_labels=camera, added_cond_kwargs=added).sample
 
-    def predict_noise(self, z_t: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
+    def _camera_numbers(self, z_t: Tensor, conditions: Conditions) -> Tensor | None:
+        """(N, 13) in the U-Net's dtype, zeros where the camera is not told, as in its training."""
+        if conditions.cameras is None:
+            if self.takes_camera:
+                raise ValueError(
+                    "argument `conditions`: expected cameras, which the network takes (with `told` "
+                    "zero where it shall not know them), got none"
+                )
+            return None
+        n, told = len(conditions.cameras.focal), conditions.told
+        if not self.takes_camera:
+            raise ValueError(
+                f"argument `conditions`: expected no cameras, as the network takes none, got {n}"
+            )
+        if n != len(z_t) or (told is not None and told.shape != (n,)):
+            raise ValueError(
+                f"argument `conditions`: expected {len(z_t)} cameras, one a row of z_t, got {n}"
+                + ("" if told is None else f", and `told` of shape {tuple(told.shape)}")
+            )
+        numbers = flattened(conditions.cameras)
+        return (numbers if told is None else numbers * told[:, None]).to(z_t.dtype)
+
+    def predict_noise(self, z_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """epsilon(z_t; y, t), in float32."""
         z_t = z_t.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        out = self.predict(z_t, t, embedding)[:, : z_t.shape[1]].float()
+        out = self.predict(z_t, t, conditions)[:, : z_t.shape[1]].float()
         if self.prediction_type == "epsilon":
             return out
         alpha = self.alphas_cumprod[t].sqrt()[:, None, None, None]
         sigma = (1.0 - self.alphas_cumprod[t]).sqrt()[:, None, None, None]
         return alpha * out + sigma * z_t  # v = alpha eps - sigma x
+
+
+def _takes_camera(config) -> bool:
+    kind, width = config.class_embed_type, config.projection_class_embeddings_input_dim
+    if kind is None and config.num_class_embeds is None:
+        return False
+    if kind == "projection" and width == N_NUMBERS:
+        return True
+    raise ValueError(
+        f"guidance: expected a U-Net without classes, or with a class embedding of type projection "
+        f"of {N_NUMBERS} numbers, the camera's, got type {kind} of "
+        f"{width or config.num_class_embeds}"
+    )
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

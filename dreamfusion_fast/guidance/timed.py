@@ -7,6 +7,8 @@ import time
 import torch
 from torch import Tensor
 
+from .protocol import Conditions
+
 
 class Timed:
     """Forwards to a guidance object and adds up the seconds spent in it: on a GPU by events, which
@@ -18,8 +20,8 @@ class Timed:
     def __getattr__(self, name: str):
         return getattr(self.guide, name)
 
-    def predict(self, z_t: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
-        return self._counted(self.guide.predict, z_t, t, embedding)
+    def predict(self, z_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        return self._counted(self.guide.predict, z_t, t, conditions)
 
     def gradient(self, image: Tensor, embedding: Tensor) -> Tensor:
         return self._counted(self.guide.gradient, image, embedding)

@@ -15,6 +15,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from ..camera import Cameras, turned
+from ..guidance.protocol import Conditions
 from . import renderer, world
 from .pictures import SIZE, pinhole_rays
 
@@ -91,8 +92,8 @@ class ExemplarGuidance:
         """Image (B, 3, 64, 64) in [0, 1] to [-1, 1]."""
         return image * 2.0 - 1.0
 
-    def predict(self, z_t: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
-        """The exact noise, z_t (B, 3, 64, 64), t (B,)."""
+    def predict(self, z_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """The exact noise, z_t (B, 3, 64, 64), t (B,); set_cameras said under what conditions."""
         noise = exact_noise(z_t.flatten(1), self.alphas_cumprod[t], self.pictures)
         return noise.view_as(z_t)
 

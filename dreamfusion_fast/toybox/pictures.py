@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from pathlib import Path
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,28 +24,25 @@ def pinhole_rays(cameras: camera.Cameras, size: int) -> tuple[Tensor, Tensor]:
     return reference.generate_rays(cameras.c2w, cameras.focal * size, size, size)
 
 
-def traced_views(
-    name: str, n: int, seed: int, cameras: CameraConfig, cache: Path | None = None
-) -> dict[str, Tensor]:
-    """n views of one object, as tensors keyed part, normal, depth, c2w, focal, view. With `cache`,
-    a file there is read, or written for the next time."""
-    key = zlib.crc32(repr(cameras).encode())
-    path = cache / f"{name}-{n}-{seed}-{key:08x}.npz" if cache else None
-    if path and path.exists():
-        with np.load(path) as stored:
-            return {k: torch.from_numpy(stored[k]) for k in stored.files}
+def traced_views(name: str, n: int, seed: int, cameras: CameraConfig) -> dict[str, Tensor]:
+    """n views of one object, as tensors keyed part, normal, depth (renderer.GBuffer's), c2w, focal,
+    elevation, azimuth (camera.Cameras')."""
     generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
     drawn = camera.sample(n, cameras, generator)
     rays_o, rays_d = pinhole_rays(drawn, 2 * SIZE)
     chunks = [renderer.trace(name, o, d) for o, d in zip(rays_o.split(16), rays_d.split(16))]
     views = {k: torch.cat([getattr(c, k) for c in chunks]) for k in ("part", "normal", "depth")}
-    views |= {"c2w": drawn.c2w, "focal": drawn.focal, "view": drawn.view_index()}
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".tmp.npz")
-        np.savez(partial, **{k: v.numpy() for k, v in views.items()})
-        partial.rename(path)
-    return views
+    return views | vars(drawn)
+
+
+@dataclass
+class Batch:
+    """Pictures as training takes them: images (n, 3, 64, 64) in [0, 1], their n prompts, and the
+    cameras that took them."""
+
+    images: Tensor
+    prompts: list[str]
+    cameras: camera.Cameras
 
 
 class Pictures:
@@ -58,11 +54,10 @@ class Pictures:
         views_per_object: int,
         seed: int,
         cameras: CameraConfig,
-        cache: Path | None = None,
         objects: list[str] | None = None,
     ):
         self.objects = objects or list(OBJECTS)
-        views = [traced_views(o, views_per_object, seed, cameras, cache) for o in self.objects]
+        views = [traced_views(o, views_per_object, seed, cameras) for o in self.objects]
         self.per_object = views_per_object
         self.views = {k: torch.cat([v[k] for v in views]) for k in views[0]}
         self.colours = list(world.COLOURS)
@@ -75,11 +70,13 @@ class Pictures:
 
     def draw(
         self, n: int, generator: torch.Generator, held_out: bool = False, clay: float = 0.15
-    ) -> tuple[Tensor, list[str]]:
-        """n images (n, 3, 64, 64) in [0, 1] and their prompts. `held_out` draws from the pairs
-        that training never sees instead of from the others; `clay` is the textureless share."""
+    ) -> Batch:
+        """n pictures. `held_out` draws from the pairs that training never sees instead of from the
+        others; `clay` is the textureless share."""
         index = torch.randint(len(self.views["part"]), (n,), generator=generator)
         u = torch.rand(n, 4, generator=generator)
+        cameras = self.cameras(index)
+        seen = cameras.view_index().tolist()
         palettes, prompts = [], []
         for i in range(n):
             name = self.objects[int(index[i]) // self.per_object]
@@ -87,12 +84,19 @@ class Pictures:
             colour = choices[int(u[i, 0] * len(choices))]
             textureless = bool(u[i, 1] < clay)
             palettes.append(self.clay if textureless else self.palettes[colour, name])
-            view = camera.VIEWS[int(self.views["view"][index[i]])]
+            view = camera.VIEWS[seen[i]]
             prompts.append(_caption(colour, name, view, textureless, u[i, 2:].tolist()))
         ambient = torch.where(u[:, 1] < clay + 0.35, 0.1, 1.0)
         images = self.render(index, torch.stack(palettes), ambient, generator)
-        mirrored = torch.rand(n, generator=generator) < 0.5  # the world is symmetric in y
-        return torch.where(mirrored[:, None, None, None], images.flip(-1), images), prompts
+        flip = torch.rand(n, generator=generator) < 0.5  # the world is symmetric in y
+        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        return Batch(images, prompts, _where(flip, camera.mirrored(cameras), cameras))
+
+    def cameras(self, index: Tensor) -> camera.Cameras:
+        """Of the views `index` (n,)."""
+        return camera.Cameras(
+            *(self.views[k][index] for k in ("c2w", "focal", "elevation", "azimuth"))
+        )
 
     def render(
         self,
@@ -105,25 +109,35 @@ class Pictures:
         """Shade the views `index` (n,) with the paper's light, so much of it ambient, (n,), before
         `background` (3,) or, by default, random ones."""
         n = len(index)
-        v = {k: self.views[k][index] for k in ("part", "normal", "depth", "c2w", "focal")}
-        cameras = camera.Cameras(v["c2w"], v["focal"], v["focal"], v["focal"])
+        v = {k: self.views[k][index] for k in ("part", "normal", "depth")}
+        cameras = self.cameras(index)
         rays_o, rays_d = pinhole_rays(cameras, 2 * SIZE)
         points = rays_o + v["depth"].float()[..., None] * rays_d
-        toward = F.normalize(v["c2w"][:, :, 3] + torch.randn(n, 3, generator=generator), dim=-1)
+        toward = F.normalize(cameras.c2w[:, :, 3] + torch.randn(n, 3, generator=generator), dim=-1)
         light = toward * (0.8 + 0.7 * torch.rand(n, 1, generator=generator))
         if background is None:
             background = _backgrounds(n, generator)
         return renderer.shade(v["part"], v["normal"], points, palettes, background, light, ambient)
 
 
+def _where(chosen: Tensor, a: camera.Cameras, b: camera.Cameras) -> camera.Cameras:
+    """a's cameras where `chosen` (n,), else b's."""
+    return camera.Cameras(
+        *(
+            torch.where(chosen.view(-1, *[1] * (x.ndim - 1)), x, y)
+            for x, y in zip(vars(a).values(), vars(b).values())
+        )
+    )
+
+
 def _caption(colour: str, name: str, view: str, textureless: bool, u: list[float]) -> str:
     if textureless:
-        text = world.CLAY_TEMPLATE.format(object=name)
+        text = world.caption(world.CLAY_TEMPLATE, name)
     elif u[0] < 0.05:
-        text = world.PLAIN_TEMPLATE.format(object=name)
+        text = world.caption(world.PLAIN_TEMPLATE, name)
     else:  # half the captions take the canonical form
         other = int((u[0] - 0.5) / 0.5 * len(world.TEMPLATES)) if u[0] > 0.5 else 0
-        text = world.TEMPLATES[other].format(colour=colour, object=name)
+        text = world.caption(world.TEMPLATES[other], name, colour)
     return world.with_view(text, view) if u[1] < 0.85 else text
 
 

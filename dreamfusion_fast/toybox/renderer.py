@@ -1,6 +1,6 @@
-"""Sphere tracing of the toybox's objects, and shading of what was hit.
+"""Ray casting of the toybox's objects, and shading of what was hit.
 
-Tracing (slow, geometry only) and shading (fast: colour, light, background) are two functions, so
+Tracing (geometry only) and shading (colour, light, background) are two functions, so
 that one traced view serves as many training pictures.
 """
 
@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .shapes import MAIN, OBJECT_RADIUS, OBJECTS, RGB, signed_distance
-
-_STEPS, _HIT = 64, 2e-3  # sphere tracing: most steps, and the distance that counts as a hit
+from .surfaces import first_hits
 
 
 @dataclass
@@ -28,34 +27,33 @@ class GBuffer:
 
 
 def trace(name: str, rays_o: Tensor, rays_d: Tensor) -> GBuffer:
-    """Find the first surface of object `name` along unit-length rays (B, H, W, 3)."""
+    """Find the first surface of object `name` along unit-length rays (B, H, W, 3), on the CPU."""
     shape = rays_o.shape[:-1]
     o, d = rays_o.reshape(-1, 3), rays_d.reshape(-1, 3)
     middle = -(o * d).sum(-1)
-    half = (OBJECT_RADIUS**2 - (o.square().sum(-1) - middle.square())).clamp_min(0.0).sqrt()
-    t, far = (middle - half).clamp_min(0.0), middle + half
-    part = torch.full(t.shape, 255, dtype=torch.uint8)
-    normal = torch.zeros((len(t), 3), dtype=torch.int8)
-    alive = ((half > 0) & (far > 0)).nonzero()[:, 0]
-    for _ in range(_STEPS):
-        if not len(alive):
-            break
-        points = o[alive] + t[alive, None] * d[alive]
-        distance, nearest = signed_distance(name, points)
-        hit = distance < _HIT
-        part[alive[hit]] = nearest[hit].to(torch.uint8)
-        t[alive] += torch.where(hit, torch.zeros_like(distance), distance)
-        alive = alive[~hit & (t[alive] < far[alive])]
-    struck = (part != 255).nonzero()[:, 0]
+    within = (o.square().sum(-1) - middle.square() < OBJECT_RADIUS**2).nonzero()[:, 0]
+    hit, t = first_hits(name, o[within], d[within])
+    struck = within[hit]
+    depth = torch.zeros(len(o), dtype=torch.float16)
+    depth[struck] = t[hit].half()
+    points = o[struck] + t[hit, None] * d[struck]
+    part = torch.full((len(o),), 255, dtype=torch.uint8)
+    normal = torch.zeros((len(o), 3), dtype=torch.int8)
     if len(struck):
-        normal[struck] = _normals(name, o[struck] + t[struck, None] * d[struck])
-    return GBuffer(part.reshape(shape), normal.reshape(*shape, 3), t.reshape(shape).half())
+        nearest = signed_distance(name, points)[1]
+        part[struck] = nearest.to(torch.uint8)
+        normal[struck] = _normals(name, points, nearest)
+    return GBuffer(part.reshape(shape), normal.reshape(*shape, 3), depth.reshape(shape))
 
 
-def _normals(name: str, points: Tensor) -> Tensor:
-    """Central differences of the distance, on a tetrahedron's corners; as int8."""
+def _normals(name: str, points: Tensor, nearest: Tensor) -> Tensor:
+    """Central differences of the nearest part's distance, on a tetrahedron's corners; as int8."""
     corners = torch.tensor([[1, -1, -1], [-1, -1, 1], [-1, 1, -1], [1, 1, 1]], dtype=points.dtype)
-    gradient = sum(c * signed_distance(name, points + 1e-3 * c)[0][:, None] for c in corners)
+    gradient = torch.zeros_like(points)
+    for i, part in enumerate(OBJECTS[name]):
+        of_part = (nearest == i).nonzero()[:, 0]
+        p = points[of_part]
+        gradient[of_part] = sum(c * part.distance(p + 1e-3 * c)[:, None] for c in corners)
     return (F.normalize(gradient, dim=-1) * 127).round().to(torch.int8)
 
 

@@ -23,7 +23,7 @@ COLOURS: dict[str, RGB] = {
 }
 CLAY: RGB = (0.62, 0.62, 0.62)  # textureless renderings: "a grey clay car"
 VIEWS = ("front", "side", "back", "overhead")
-TEMPLATES = (
+TEMPLATES = (  # filled in by `caption`, which makes "a orange" an "an orange"
     "a {colour} {object}",
     "{colour} {object}",
     "the {colour} {object}",
@@ -53,14 +53,20 @@ _EXTRA_WORDS = (
 VOCABULARY: tuple[str, ...] = (*_EXTRA_WORDS, *VIEWS, *COLOURS, *OBJECTS)
 
 
+def caption(template: str, name: str, colour: str = "") -> str:
+    """A template filled in, with the article that English wants: "a red car", "an orange mug"."""
+    text = template.format(colour=colour, object=name)
+    return re.sub(r"\ba(?= [aeiou])", "an", text)
+
+
 def prompt(colour: str, name: str) -> str:
     """The canonical prompt of a pair, e.g. "a red car"."""
-    return TEMPLATES[0].format(colour=colour, object=name)
+    return caption(TEMPLATES[0], name, colour)
 
 
 def clay_prompt(text: str) -> str:
     """The textureless picture of what `text` names, e.g. "a grey clay car"."""
-    return CLAY_TEMPLATE.format(object=parse(text)[1])
+    return caption(CLAY_TEMPLATE, parse(text)[1])
 
 
 def with_view(text: str, view: str) -> str:

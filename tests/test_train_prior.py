@@ -1,0 +1,122 @@
+"""The prior's training: it goes on where it stopped, and refuses what it cannot go on from."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from dreamfusion_fast.toybox import train_prior
+from dreamfusion_fast.toybox.train_prior import PriorConfig, Trainer, settings
+
+SMALL = dict(steps=6, batch=4, views_per_object=1, channels=(16, 16, 32), threads=1, warmup=2)
+
+
+def finish(folder, **changes):
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(PriorConfig(**SMALL | changes), folder)
+    trainer.run()
+    return trainer
+
+
+@pytest.fixture(autouse=True)
+def few_objects(monkeypatch):
+    """Three objects' views are traced in a moment."""
+    monkeypatch.setattr(train_prior, "LOG_EVERY", 2)
+    draw = train_prior.Pictures
+    monkeypatch.setattr(
+        train_prior, "Pictures", lambda *args: draw(*args, objects=["ball", "cube", "car"])
+    )
+
+
+def rows(folder):
+    lines = (folder / "curve.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if k != "minutes"} for x in lines]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path, optimizer):
+    whole = finish(tmp_path / "whole", optimizer=optimizer)
+    parts = Trainer(PriorConfig(**SMALL, optimizer=optimizer), tmp_path / "parts")
+    pictures = train_prior.Pictures(1, 0, train_prior.toybox_camera())
+    (tmp_path / "parts").mkdir()
+    for _ in range(3):
+        parts.train_step(*parts.draw(pictures))
+    parts.save()
+    again = finish(tmp_path / "parts", optimizer=optimizer)
+    assert again.step == whole.step == 6
+    for a, b in zip(again.shadow, whole.shadow, strict=True):
+        assert torch.equal(a, b)
+    assert rows(tmp_path / "parts")[-1] == rows(tmp_path / "whole")[-1]
+    files = [tmp_path / f / "pipeline/unet/diffusion_pytorch_model.safetensors"
+             for f in ("parts", "whole")]  # fmt: skip
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from dreamfusion_fast.toybox import train_prior as t
+t.SAVE_SECONDS, draw = 0.0, t.Pictures
+t.Pictures = lambda *args: draw(*args, objects=["ball"])
+small = {small!r} | dict(steps=1000)
+t.Trainer(t.PriorConfig(**small), Path({folder!r})).run()
+"""
+
+
+def test_kill_leaves_a_state_that_loads(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    script = SCRIPT.format(small=SMALL, folder=str(folder))
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "config.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert Trainer(PriorConfig(**SMALL | {"steps": 1000}), folder).step >= 1
+
+
+def test_the_state_of_another_network_is_refused(tmp_path):
+    finish(tmp_path, steps=1)
+    with pytest.raises(ValueError, match=r"`--out`: expected the state .* channels \[16, 32, 32\]"):
+        Trainer(PriorConfig(**SMALL | {"channels": (16, 32, 32)}), tmp_path)
+    with pytest.raises(ValueError, match="`--optimizer`: expected the one of the training in"):
+        Trainer(PriorConfig(**SMALL, optimizer="adamw"), tmp_path)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    torch.save(state | {"words": 57}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="expected the state of a network of words"):
+        Trainer(PriorConfig(**SMALL), tmp_path)
+
+
+def test_going_on_from_a_shipped_average(tmp_path):
+    first = finish(tmp_path / "first", steps=2)
+    second = Trainer(
+        PriorConfig(**SMALL, start=str(tmp_path / "first/pipeline")), tmp_path / "second"
+    )
+    for a, b in zip(first.shadow, second.shadow, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)  # it was stored in float16
+    other = PriorConfig(
+        **SMALL | {"channels": (16, 32, 32)}, start=str(tmp_path / "first/pipeline")
+    )
+    with pytest.raises(ValueError, match="`--start`: expected a pipeline of this network"):
+        Trainer(other, tmp_path / "third")
+
+
+def test_settings_are_kept_and_changed(tmp_path):
+    finish(tmp_path, steps=1)
+    assert settings(tmp_path, []) == PriorConfig(**SMALL | {"steps": 1})
+    changed = settings(tmp_path, ["steps=9", "optimizer=muon", "compile=true"])
+    assert (changed.steps, changed.compile, changed.batch) == (9, True, 4)
+    for text in ("stps=9", "steps"):
+        with pytest.raises(ValueError, match="`--set`: expected NAME=VALUE of steps, batch"):
+            settings(tmp_path, [text])
+    with pytest.raises(ValueError, match="`--set`: expected steps like 14000, got 'many'"):
+        settings(tmp_path, ["steps=many"])
+    with pytest.raises(ValueError, match="`--optimizer`: expected muon or adamw, got 'sgd'"):
+        Trainer(PriorConfig(**SMALL, optimizer="sgd"), tmp_path / "new")
