@@ -9,7 +9,7 @@ from dreamfusion_fast.toybox import world
 from dreamfusion_fast.toybox.scorer import FOLDER, Scorer
 from dreamfusion_fast.toybox.scorer_card import orbit_pictures
 from dreamfusion_fast.toybox.train_prior import build_tokenizer
-from dreamfusion_fast.toybox.train_scorer import build_model, export, spoil
+from dreamfusion_fast.toybox.train_scorer import ScorerConfig, build_model, export, spoil
 
 PROMPTS = [world.prompt(c, o) for c, o in world.all_pairs()]
 
@@ -83,8 +83,8 @@ def test_bad_input(scorer, images, prompts, message):
 
 
 def test_bad_index(scorer):
-    with pytest.raises(ValueError, match="`index`: expected 0 to 287, got 288"):
-        scorer.r_precision(torch.zeros(1, 3, 8, 8), PROMPTS, 288)
+    with pytest.raises(ValueError, match="`index`: expected 0 to 323, got 324"):
+        scorer.r_precision(torch.zeros(1, 3, 8, 8), PROMPTS, 324)
 
 
 def test_spoil_keeps_shape_and_range(rng):
@@ -97,8 +97,9 @@ def test_spoil_keeps_shape_and_range(rng):
 def test_export_writes_what_the_scorer_loads(tmp_path):
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
-    model = build_model(len(tokenizer))
-    export([p.detach() for p in model.parameters()], tokenizer, tmp_path)
+    config = ScorerConfig(width=64, layers=2)
+    model = build_model(len(tokenizer), config.width, config.layers)
+    export([p.detach() for p in model.parameters()], tokenizer, tmp_path, config)
     loaded = Scorer(tmp_path)
     for p, q in zip(model.parameters(), loaded.model.parameters(), strict=True):
         torch.testing.assert_close(q, p, rtol=1e-3, atol=1e-6)

@@ -10,8 +10,9 @@ import time
 import pytest
 import torch
 
-from dreamfusion_fast.toybox import train_prior
-from dreamfusion_fast.toybox.train_prior import PriorConfig, Trainer, settings
+from dreamfusion_fast.toybox import train_prior, training
+from dreamfusion_fast.toybox.train_prior import PriorConfig, Trainer
+from dreamfusion_fast.toybox.training import settings
 
 SMALL = dict(steps=6, batch=4, views_per_object=1, channels=(16, 16, 32), threads=1, warmup=2)
 
@@ -26,7 +27,7 @@ def finish(folder, **changes):
 @pytest.fixture(autouse=True)
 def few_objects(monkeypatch):
     """Three objects' views are traced in a moment."""
-    monkeypatch.setattr(train_prior, "LOG_EVERY", 2)
+    monkeypatch.setattr(training, "LOG_EVERY", 2)
     draw = train_prior.Pictures
     monkeypatch.setattr(
         train_prior, "Pictures", lambda *args: draw(*args, objects=["ball", "cube", "car"])
@@ -41,15 +42,15 @@ def rows(folder):
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path, optimizer):
     whole = finish(tmp_path / "whole", optimizer=optimizer)
+    (tmp_path / "parts").mkdir()
     parts = Trainer(PriorConfig(**SMALL, optimizer=optimizer), tmp_path / "parts")
     pictures = train_prior.Pictures(1, 0, train_prior.toybox_camera())
-    (tmp_path / "parts").mkdir()
     for _ in range(3):
-        parts.train_step(*parts.draw(pictures))
-    parts.save()
+        parts.training.train_step(lambda g: parts.loss(pictures.draw(4, g), g))
+    parts.training.save(parts.ship)
     again = finish(tmp_path / "parts", optimizer=optimizer)
-    assert again.step == whole.step == 6
-    for a, b in zip(again.shadow, whole.shadow, strict=True):
+    assert again.training.step == whole.training.step == 6
+    for a, b in zip(again.training.shadow, whole.training.shadow, strict=True):
         assert torch.equal(a, b)
     assert rows(tmp_path / "parts")[-1] == rows(tmp_path / "whole")[-1]
     files = [tmp_path / f / "pipeline/unet/diffusion_pytorch_model.safetensors"
@@ -60,8 +61,8 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path, optimizer):
 SCRIPT = """
 import sys
 from pathlib import Path
-from dreamfusion_fast.toybox import train_prior as t
-t.SAVE_SECONDS, draw = 0.0, t.Pictures
+from dreamfusion_fast.toybox import train_prior as t, training
+training.SAVE_SECONDS, draw = 0.0, t.Pictures
 t.Pictures = lambda *args: draw(*args, objects=["ball"])
 small = {small!r} | dict(steps=1000)
 t.Trainer(t.PriorConfig(**small), Path({folder!r})).run()
@@ -79,7 +80,7 @@ def test_kill_leaves_a_state_that_loads(tmp_path):
     time.sleep(0.3)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert Trainer(PriorConfig(**SMALL | {"steps": 1000}), folder).step >= 1
+    assert Trainer(PriorConfig(**SMALL | {"steps": 1000}), folder).training.step >= 1
 
 
 def test_the_state_of_another_network_is_refused(tmp_path):
@@ -99,7 +100,7 @@ def test_going_on_from_a_shipped_average(tmp_path):
     second = Trainer(
         PriorConfig(**SMALL, start=str(tmp_path / "first/pipeline")), tmp_path / "second"
     )
-    for a, b in zip(first.shadow, second.shadow, strict=True):
+    for a, b in zip(first.training.shadow, second.training.shadow, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)  # it was stored in float16
     other = PriorConfig(
         **SMALL | {"channels": (16, 32, 32)}, start=str(tmp_path / "first/pipeline")
@@ -110,13 +111,13 @@ def test_going_on_from_a_shipped_average(tmp_path):
 
 def test_settings_are_kept_and_changed(tmp_path):
     finish(tmp_path, steps=1)
-    assert settings(tmp_path, []) == PriorConfig(**SMALL | {"steps": 1})
-    changed = settings(tmp_path, ["steps=9", "optimizer=muon", "compile=true"])
+    assert settings(PriorConfig, tmp_path, []) == PriorConfig(**SMALL | {"steps": 1})
+    changed = settings(PriorConfig, tmp_path, ["steps=9", "optimizer=muon", "compile=true"])
     assert (changed.steps, changed.compile, changed.batch) == (9, True, 4)
     for text in ("stps=9", "steps"):
         with pytest.raises(ValueError, match="`--set`: expected NAME=VALUE of steps, batch"):
-            settings(tmp_path, [text])
-    with pytest.raises(ValueError, match="`--set`: expected steps like 14000, got 'many'"):
-        settings(tmp_path, ["steps=many"])
+            settings(PriorConfig, tmp_path, [text])
+    with pytest.raises(ValueError, match="`--set`: expected steps like 10000, got 'many'"):
+        settings(PriorConfig, tmp_path, ["steps=many"])
     with pytest.raises(ValueError, match="`--optimizer`: expected muon or adamw, got 'sgd'"):
         Trainer(PriorConfig(**SMALL, optimizer="sgd"), tmp_path / "new")

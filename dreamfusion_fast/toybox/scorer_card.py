@@ -13,12 +13,11 @@ import typer
 from torch import Tensor
 
 from .. import camera, metrics
-from ..config import CameraConfig
 from . import renderer, world
 from .pictures import SIZE, Pictures, pinhole_rays
 from .scorer import Scorer
 from .shapes import OBJECTS
-from .train_scorer import CAPTIONS, COLOURS, Source, spoil
+from .train_scorer import CAPTIONS, COLOURS, Source, judged_camera, spoil
 
 FRESH = 12_345  # seed of the views and pictures that training never drew
 
@@ -28,23 +27,23 @@ library_name: transformers
 ---
 # The toybox's scorer
 
-A CLIP of {parameters:.2f} M parameters (ViT 64x64, patch 8, width 128, 5 layers; text width 64, 2
-layers, one token a word; 64 dimensions in common), stored in fp16. It judges text to 3D in the
-toybox by R-Precision (Park et al. 2021) and is never used as guidance.
+A CLIP of {parameters:.2f} M parameters (ViT 64x64, patch 8, width {width}, {layers} layers; text
+width 64, 2 layers, one token a word; 64 dimensions in common), stored in fp16. It judges text to 3D
+in the toybox by R-Precision (Park et al. 2021). Where Dream Fields is guided by it, its own figures
+stand in parentheses.
 
-- **Data**: of {views} traced views of each of {objects} objects (views seed {seed}, the paper's
-  cameras) those that are whole, not small and not overhead, set before random backgrounds.
-  {pictures:,} pictures were seen, each about four times with other spoiling. {clay:.0%} are
-  textureless and lit, "a grey clay car"; the others coloured, one in four lit. All {pairs} (colour,
-  object) pairs, those that the prior never sees included, each as likely.
+- **Data**: of {views} traced views of each of {objects} objects (views seed {seed}, elevations of
+  -5 to 60 degrees, 1.2 to 1.6 away) those that are whole, not small and not overhead, set before
+  random backgrounds. {pictures:,} pictures were seen, each shaded anew. {clay:.0%} are textureless
+  and lit, "a grey clay car"; the others coloured, one in four lit. All {pairs} (colour, object)
+  pairs, those that the prior never sees included, each as likely.
 - **Spoiling**: {spoilt:.0%} of the pictures are bent, cut, fogged, blurred, noisy, over-saturated,
   or have floaters, as unfinished radiance fields do.
 - **Loss**: softmax over all {captions} prompts for each picture (cosine similarity, learnt
   temperature), the image-to-text half of CLIP's loss; prompts in the canonical form "a red car"
   every other step, else in one of {templates} variants. No view words.
-- **Training**: {minutes:.0f} minutes on {threads} CPU thread(s), {steps:,} steps of {batch}; seed
-  {seed}, not reproducible to the bit, for the learning rate follows the clock.
-  {note}
+- **Training**: {minutes:.0f} minutes on {threads} CPU thread(s), {steps:,} steps of {batch}, Muon
+  at {rate}; seed {seed}. {note}
 - **Made by** `python -m dreamfusion_fast.toybox.train_scorer`, measured by
   `python -m dreamfusion_fast.toybox.scorer_card`.
 
@@ -68,7 +67,7 @@ finds {geometry:.0%} among the {objects} objects in clay; weakest: {flat}.
 
 def orbit_pictures(n: int, seed: int) -> tuple[Tensor, Tensor]:
     """n views of each object in every colour, as evaluation renders them: images
-    (288 n, 3, 64, 64), and pair indices."""
+    (324 n, 3, 64, 64), and pair indices."""
     generator = torch.Generator().manual_seed(seed)
     images, pairs = [], []
     for k, name in enumerate(OBJECTS):
@@ -92,7 +91,7 @@ def measure(scorer: Scorer, n_views: int) -> tuple[dict[str, list[float]], dict[
     """Accuracies (all, seen, held out) by kind of picture; and by object on orbit views."""
     generator = torch.Generator().manual_seed(FRESH)
     orbit, orbit_pair = orbit_pictures(n_views, FRESH)
-    source = Source(Pictures(6 * n_views, FRESH, CameraConfig()), clay=0.0)
+    source = Source(Pictures(6 * n_views, FRESH, judged_camera()), clay=0.0)
     drawn = [source.draw(64, generator) for _ in range(len(orbit) // 64)]
     clean, caption = (torch.cat(x) for x in zip(*drawn))
     name, colour = caption // len(COLOURS), caption % len(COLOURS)
@@ -130,6 +129,9 @@ def main(run: Path = Path("runs/scorer"), views: int = 8, threads: int = 2, note
     card = CARD.format(
         parameters=sum(p.numel() for p in scorer.model.parameters()) / 1e6,
         views=config["views_per_object"],
+        width=config["width"],
+        layers=config["layers"],
+        rate=config["learning_rate"],
         objects=len(OBJECTS),
         pairs=len(world.all_pairs()),
         templates=len(world.TEMPLATES),

@@ -10,10 +10,8 @@ start it with OMP_WAIT_POLICY=PASSIVE and `nice`.
 
 from __future__ import annotations
 
-import json
 import math
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -22,38 +20,26 @@ import torch.nn.functional as F
 import typer
 from diffusers import DDPMScheduler, IFPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnAddedKVProcessor
-from pytorch_optimizer import Muon
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from .. import camera
-from ..checkpoint import write_atomically
 from ..config import toybox_camera
 from ..guidance import load_pipeline
 from . import world
 from .pictures import SIZE, Batch, Pictures
+from .training import Training, TrainingConfig, averaged, settings
 
 UNSHUFFLE = 4
-LOG_EVERY, SAVE_SECONDS = 100, 180  # steps; seconds
+MEASURES = ["loss", *(f"loss_t{k}" for k in range(1, 5))]  # all, and by quarter of the t range
 
 
 @dataclass
-class PriorConfig:
-    steps: int = 14_000  # may be another number when a training goes on
-    batch: int = 64
-    optimizer: str = "muon"  # muon (Jordan et al. 2024), with AdamW for what is no matrix | adamw
-    learning_rate: float = 1.5e-3
-    warmup: int = 300  # steps
-    decay_share: float = 0.3  # the last part of `steps`, in which the rate falls to zero
-    ema: float = 0.9995
+class PriorConfig(TrainingConfig):
     unconditional: float = 0.1  # share of pictures without words or camera, for guidance
     blind: float = 0.15  # share of pictures with words, but without the camera
-    views_per_object: int = 1000
     channels: tuple[int, ...] = (96, 112, 128)
-    seed: int = 0
-    threads: int = 2
-    compile: bool = False
     start: str = ""  # a pipeline folder whose weights a new training begins with
 
 
@@ -134,39 +120,9 @@ def shifted_cosine_betas(n: int = 1000, shift: float = 0.25) -> list[float]:
     return (1 - alphas_cumprod / previous).tolist()
 
 
-def build_optimizer(net: nn.Module, config: PriorConfig) -> torch.optim.Optimizer:
-    """Raises ValueError for an unknown name."""
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(
-            net.parameters(), lr=config.learning_rate, weight_decay=1e-2, betas=(0.9, 0.98)
-        )
-    if config.optimizer != "muon":
-        raise ValueError(
-            f"argument `--optimizer`: expected muon or adamw, got {config.optimizer!r}"
-        )
-    ends = ("conv_in", "conv_out", "embedding", "embeddings")  # no matrices between features
-    matrices, rest = [], []
-    for name, p in net.named_parameters():
-        inner = p.ndim > 1 and not any(part in ends for part in name.split("."))
-        (matrices if inner else rest).append(p)
-    return Muon(
-        [
-            {"params": matrices, "use_muon": True, "use_adjusted_lr": True},
-            {"params": rest, "use_muon": False, "betas": (0.9, 0.98)},
-        ],
-        lr=config.learning_rate,
-        weight_decay=1e-2,
-    )
-
-
 class Trainer:
-    """A training in a folder: state.pt (all that it needs to go on), pipeline (the average, as
-    diffusers loads it), config.json, curve.jsonl.
-
-    A step's random numbers come from the seed and the step's number alone: a training that was
-    stopped, at any moment, goes on as if it had not been, to the bit where threads and machine are
-    the same. Raises ValueError for the state of another network or another data set.
-    """
+    """The training of the prior in a folder: see Training; beside its state lies `pipeline`, the
+    average, as diffusers loads it. Raises ValueError for the state of another network."""
 
     def __init__(self, config: PriorConfig, folder: Path):
         torch.set_num_threads(config.threads)
@@ -174,30 +130,22 @@ class Trainer:
         self.config, self.folder = config, folder
         self.tokenizer = build_tokenizer()
         self.text, self.unet = build_models(len(self.tokenizer), config.channels)
-        self.net = nn.ModuleDict({"text": self.text, "unet": self.unet})
-        if config.start and not self.state_path.exists():
+        if config.start and not (folder / "state.pt").exists():
             self._start_from(config.start)
-        self.shadow = [p.detach().clone() for p in self.net.parameters()]
+        net = nn.ModuleDict({"text": self.text, "unet": self.unet})
+        kind = {"channels": list(config.channels), "words": self.tokenizer.vocab_size}
+        self.training = Training(net, config, folder, kind, MEASURES)
         self.scheduler = DDPMScheduler(
             trained_betas=shifted_cosine_betas(), prediction_type="v_prediction", clip_sample=True
         )
-        self.optimizer = build_optimizer(self.net, config)
-        self.step, self.seconds = 0, 0.0
-        self.losses: list[Tensor] = []  # of the steps since the last line of the curve
         self.forward = torch.compile(self.unet) if config.compile else self.unet
-        if self.state_path.exists():
-            self._load(torch.load(self.state_path, weights_only=True))
-
-    @property
-    def state_path(self) -> Path:
-        return self.folder / "state.pt"
 
     def embed(self, prompts: list[str]) -> Tensor:
         tokens = self.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
         return self.text(tokens).last_hidden_state
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """The mean squared error of v, its t stratified over the batch."""
+    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The mean squared error of v, its t stratified over the batch; and MEASURES."""
         c, n = self.config, len(batch.images)
         u = torch.rand(n, generator=generator)
         context = self.embed(["" if x < c.unconditional else p for x, p in zip(u, batch.prompts)])
@@ -210,100 +158,17 @@ class Trainer:
         target = self.scheduler.get_velocity(z0, noise, t)
         predicted = self.forward(z, t, context, class_labels=numbers).sample
         each = (predicted.float() - target).square().mean(dim=(1, 2, 3))
-        self.losses.append(each.detach().view(4, -1).mean(1))  # by quarter of the t range
-        return each.mean()
-
-    def learning_rate(self) -> float:
-        c = self.config
-        left = (1.0 - self.step / c.steps) / c.decay_share
-        return c.learning_rate * min(1.0, (self.step + 1) / c.warmup, max(left, 0.0))
-
-    def train_step(self, batch: Batch, generator: torch.Generator) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
-            loss = self.loss(batch, generator)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        self.optimizer.step()
-        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            torch._foreach_lerp_(self.shadow, list(self.net.parameters()), 1 - decay)
-        self.step += 1
-
-    def draw(self, pictures: Pictures) -> tuple[Batch, torch.Generator]:
-        """The pictures of the next step, and the source of its other random numbers."""
-        generator = torch.Generator().manual_seed((self.config.seed + 1) * 1_000_003 + self.step)
-        return pictures.draw(self.config.batch, generator), generator
+        loss = each.mean()
+        return loss, torch.cat((loss[None], each.view(4, -1).mean(1))).detach()
 
     def run(self) -> None:
-        """Train to config.steps, saving on the way and at the end."""
         c = self.config
         pictures = Pictures(c.views_per_object, c.seed, toybox_camera())
-        last = saved = time.perf_counter()
-        while self.step < c.steps:
-            self.train_step(*self.draw(pictures))
-            now = time.perf_counter()
-            self.seconds, last = self.seconds + now - last, now
-            if self.step % LOG_EVERY == 0:
-                self._log()
-            if now - saved > SAVE_SECONDS:
-                self.save()
-                saved = last = time.perf_counter()
-        self.save()
+        self.training.run(lambda g: self.loss(pictures.draw(c.batch, g), g), self.ship)
 
-    def _log(self) -> None:
-        recent = torch.stack(self.losses).mean(0).tolist()
-        self.losses.clear()
-        row = {
-            "step": self.step,
-            "pictures": self.step * self.config.batch,
-            "minutes": round(self.seconds / 60, 2),
-            "rate": self.learning_rate(),
-            "loss": sum(recent) / 4,
-            "loss_by_t_quarter": [round(x, 5) for x in recent],
-        }
-        print(json.dumps(row), flush=True)
-        with open(self.folder / "curve.jsonl", "a") as f:
-            f.write(json.dumps(row) + "\n")
-
-    def save(self) -> None:
-        """The resumable state, and the averaged weights as a diffusers pipeline folder."""
-        state = {
-            "channels": list(self.config.channels),
-            "words": self.tokenizer.vocab_size,
-            "net": self.net.state_dict(),
-            "shadow": self.shadow,
-            "step": self.step,
-            "optimizer": self.optimizer.state_dict(),
-            "losses": self.losses,
-            "seconds": self.seconds,
-        }
-        write_atomically(self.state_path, lambda p: torch.save(state, p))
-        export(self.shadow, self.config, self.scheduler, self.folder / "pipeline")
-        text = json.dumps(asdict(self.config), indent=1)
-        write_atomically(self.folder / "config.json", lambda p: p.write_text(text))
-
-    def _load(self, state: dict) -> None:
-        ours = {"channels": list(self.config.channels), "words": self.tokenizer.vocab_size}
-        for name, wanted in ours.items():
-            if state.get(name) != wanted:
-                raise ValueError(
-                    f"argument `--out`: expected the state of a network of {name} {wanted}, got "
-                    f"one of {state.get(name)} in {self.state_path}"
-                )
-        self.net.load_state_dict(state["net"])
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:
-            raise ValueError(
-                f"argument `--optimizer`: expected the one of the training in {self.folder}, got "
-                f"{self.config.optimizer} ({error})"
-            ) from None
-        self.shadow = [w.detach() for w in state["shadow"]]
-        self.losses = list(state["losses"])
-        self.step, self.seconds = state["step"], state["seconds"]
+    def ship(self) -> None:
+        """Write the averaged weights as a diffusers pipeline folder."""
+        export(self.training.shadow, self.config, self.scheduler, self.folder / "pipeline")
 
     def _start_from(self, folder: str) -> None:
         """Take the weights of a shipped average; the moments begin anew, behind a warm-up."""
@@ -318,20 +183,11 @@ class Trainer:
             ) from None
 
 
-def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware. One that does not is many times slower in
-    it than in float32, one that does is faster."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
 def export(weights: list[Tensor], config: PriorConfig, scheduler, folder: Path) -> None:
     """Write `weights` (in the order of build_models' parameters) as an fp16 pipeline folder."""
     tokenizer = build_tokenizer()
     text, unet = build_models(len(tokenizer), config.channels)
-    with torch.no_grad():
-        for p, w in zip([*text.parameters(), *unet.parameters()], weights, strict=True):
-            p.copy_(w)
+    averaged(weights, [text, unet])
     IFPipeline(
         tokenizer=tokenizer,
         text_encoder=text.half(),
@@ -352,32 +208,11 @@ def main(
 ) -> None:
     """Train the toybox prior, or go on with the training that lies in --out."""
     try:
-        config = settings(out, set_ or [])
+        config = settings(PriorConfig, out, set_ or [])
         out.mkdir(parents=True, exist_ok=True)
         Trainer(config, out).run()
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-
-
-def settings(out: Path, changes: list[str]) -> PriorConfig:
-    """The settings of the training in `out`, or the defaults, with NAME=VALUE on top."""
-    path = out / "config.json"
-    values = json.loads(path.read_text()) if path.exists() else {}
-    known = asdict(PriorConfig())
-    for change in changes:
-        name, equals, value = change.partition("=")
-        if name not in known or not equals:
-            raise ValueError(f"argument `--set`: expected NAME=VALUE of {', '.join(known)}, "
-                             f"got {change!r}")  # fmt: skip
-        kind = type(known[name])
-        try:
-            values[name] = value if kind is str else json.loads(value)
-        except json.JSONDecodeError:
-            raise ValueError(
-                f"argument `--set`: expected {name} like {known[name]!r}, got {value!r}"
-            ) from None
-    values["channels"] = tuple(values.get("channels", known["channels"]))
-    return PriorConfig(**values)
 
 
 if __name__ == "__main__":

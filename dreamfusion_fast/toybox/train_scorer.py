@@ -1,8 +1,8 @@
-"""Train the embedded scorer: `python -m dreamfusion_fast.toybox.train_scorer --minutes 12`.
+"""Train the embedded scorer: `python -m dreamfusion_fast.toybox.train_scorer --out runs/scorer`.
 
 A small CLIP (Radford et al. 2021) on all pairs of the toybox, those that the prior never sees
 included, and on textureless objects, "a grey clay car": it is a judge of colour and of geometry,
-never guidance. A batch holds few of the 312 prompts, so the loss is the
+never guidance. A batch holds few of the 351 prompts, so the loss is the
 softmax over all of them for each picture, i.e. the image-to-text half of CLIP's loss with every
 text there is; the text-to-image half is left out. Pictures are spoilt at random as unfinished
 radiance fields are: blur, fog, floaters, missing parts, bent outlines, strong colours.
@@ -11,12 +11,10 @@ Stops are safe: the state is written atomically, and the same command resumes it
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +33,8 @@ from .. import camera
 from ..config import CameraConfig
 from . import world
 from .pictures import SIZE, Pictures
-from .scorer import FOLDER
 from .train_prior import build_tokenizer
+from .training import Training, TrainingConfig, averaged, settings
 
 COLOURS = (*world.COLOURS, "grey clay")  # the last one: textureless
 CAPTIONS = [(c, o) for o in world.OBJECTS for c in COLOURS]
@@ -44,30 +42,31 @@ HALF = [0.5, 0.5, 0.5]  # mean and standard deviation of the model's normalisati
 
 
 @dataclass
-class ScorerConfig:
-    minutes: float = 12.0  # wall time of all sessions together
-    batch: int = 64
-    fresh: int = 16  # new pictures a step; the others were drawn before, and are spoilt anew
-    bank: int = 2048  # pictures kept for that
-    learning_rate: float = 8e-4
-    warmup: int = 200  # steps
-    weight_decay: float = 0.05
+class ScorerConfig(TrainingConfig):
+    steps: int = 16_000
+    learning_rate: float = 1.5e-3
+    weight_decay: float = 5e-2
     ema: float = 0.998
-    spoilt: float = 0.6  # share of the pictures that `spoil` may change
-    clay: float = 0.2  # share of textureless pictures
-    start: str = ""  # folder of the scorer whose weights are the start
-    views_per_object: int = 600
-    seed: int = 0
-    threads: int = 2
+    spoilt: float = 0.5  # share of the pictures that `spoil` may change
+    clay: float = 0.4  # share of textureless pictures
+    width: int = 128  # of the picture's tower; another one makes a second opinion
+    layers: int = 6
 
 
-def build_model(vocabulary: int) -> CLIPModel:
-    """ViT with 64 patches of 8x8 and a two-layer text tower, 1.1 M parameters."""
+def judged_camera() -> CameraConfig:
+    """Around what `evaluate` shows a judge: neither from above nor far off."""
+    return CameraConfig(
+        elevation=(-5.0, 60.0), distance=(1.2, 1.6), position_jitter=0.05, look_at_std=0.04
+    )
+
+
+def build_model(vocabulary: int, width: int = 128, layers: int = 6) -> CLIPModel:
+    """ViT with 64 patches of 8x8 and a two-layer text tower, 1.3 M parameters."""
     vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=5,
-        num_attention_heads=4,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
         image_size=SIZE,
         patch_size=8,
         projection_dim=64,
@@ -103,7 +102,8 @@ class Source:
         hit = pictures.views["part"] != 255
         edge = torch.cat((hit[:, 0], hit[:, -1], hit[:, :, 0], hit[:, :, -1]), dim=1)
         whole = (edge.float().mean(1) < 0.08) & (hit.sum((1, 2)) > 0.04 * hit[0].numel())
-        overhead = pictures.views["view"] == camera.VIEWS.index("overhead")
+        views = camera.view_index(pictures.views["elevation"], pictures.views["azimuth"])
+        overhead = views == camera.VIEWS.index("overhead")
         kept = (whole & ~overhead).nonzero()[:, 0]
         n = torch.bincount(kept // pictures.per_object, minlength=len(pictures.objects))
         if not n.all():
@@ -129,28 +129,10 @@ class Source:
         index = torch.stack([row[int(x * len(row))] for row, x in zip(rows, u[1].tolist())])
         grey = torch.where(textureless, 0.5 + 0.5 * u[2], 1.0)[:, None, None]
         lit = torch.where(u[3] < 0.25, 0.1, 1.0)
-        ambient = torch.where(textureless, 0.1 + 0.3 * u[3], lit)
+        ambient = torch.where(textureless, 0.1 + 0.4 * u[3], lit)
         images = p.render(index, grey * self.palettes[caption], ambient, generator)
         mirrored = torch.rand(n, generator=generator) < 0.5  # the world is symmetric in y
         return torch.where(mirrored[:, None, None, None], images.flip(-1), images), caption
-
-
-class Bank:
-    """The last pictures of a source, to be used again: shading one costs as much as a step."""
-
-    def __init__(self, source: Source, size: int, generator: torch.Generator):
-        self.source, self.generator, self.next = source, generator, 0
-        parts = [source.draw(64, generator) for _ in range(-(-size // 64))]
-        self.images, self.pairs = (torch.cat(x)[:size] for x in zip(*parts))
-
-    def draw(self, n: int, fresh: int) -> tuple[Tensor, Tensor]:
-        """n images, `fresh` of them new, and pair indices; the oldest leave the bank."""
-        rows = (self.next + torch.arange(fresh)) % len(self.pairs)
-        self.images[rows], self.pairs[rows] = self.source.draw(fresh, self.generator)
-        self.next = (self.next + fresh) % len(self.pairs)
-        old = torch.randint(len(self.pairs), (n - fresh,), generator=self.generator)
-        rows = torch.cat((rows, old))[torch.randperm(n, generator=self.generator)]
-        return self.images[rows], self.pairs[rows]
 
 
 def spoil(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -206,130 +188,69 @@ def _blur(x: Tensor, sigma: float) -> Tensor:
 
 
 class Trainer:
+    """The training of the scorer in a folder: see Training; beside its state lies `scorer`, the
+    average, as transformers loads it."""
+
     def __init__(self, config: ScorerConfig, folder: Path):
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.config, self.folder = config, folder
         self.tokenizer = build_tokenizer()
-        self.model = build_model(len(self.tokenizer))
-        if config.start:
-            known = CLIPModel.from_pretrained(config.start).float().state_dict()
-            self.model.load_state_dict(known)
-        self.shadow = [p.detach().clone() for p in self.model.parameters()]
-        decayed = [p for p in self.model.parameters() if p.ndim > 1]
-        rest = [p for p in self.model.parameters() if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": config.weight_decay},
-                {"params": rest, "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-            betas=(0.9, 0.98),
-        )
+        self.model = build_model(len(self.tokenizer), config.width, config.layers)
+        kind = {"width": config.width, "layers": config.layers,
+                "words": self.tokenizer.vocab_size}  # fmt: skip
+        self.training = Training(self.model, config, folder, kind, ["loss", "top1"])
         self.texts = [self._tokens(template) for template in world.TEMPLATES]
-        self.step, self.elapsed, self.recent = 0, 0.0, []
-        if (folder / "state.pt").exists():
-            self._load(torch.load(folder / "state.pt", weights_only=True))
+        self.see = torch.compile(self._see) if config.compile else self._see
 
     def _tokens(self, template: str) -> Tensor:
-        prompts = [template.format(colour=c, object=o) for c, o in CAPTIONS]
+        prompts = [world.caption(template, o, c) for c, o in CAPTIONS]
         # What pads the shorter ones lies behind their ends, which see only what is before them.
         return self.tokenizer(prompts, padding=True, return_tensors="pt").input_ids
 
+    def _see(self, images: Tensor) -> Tensor:
+        return self.model.visual_projection(self.model.vision_model(images * 2 - 1).pooler_output)
+
     def logits(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """Cosine similarities over the learnt temperature, (B, 312)."""
+        """Cosine similarities over the learnt temperature, (B, captions)."""
         m = self.model
-        image = m.visual_projection(m.vision_model(images * 2 - 1).pooler_output).float()
+        image = self.see(images).float()
         text = m.text_projection(m.text_model(tokens).pooler_output).float()
         scale = m.logit_scale.clamp(max=math.log(100)).exp()
         return scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
 
-    def learning_rate(self) -> float:
+    def loss(self, source: Source, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The cross-entropy over all captions; with it the share of pictures that were told."""
         c = self.config
-        done = min(1.0, self.elapsed / (60 * c.minutes))
-        cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
-        return c.learning_rate * min(cosine, (self.step + 1) / c.warmup)
-
-    def train_step(self, images: Tensor, pair: Tensor) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+        images, caption = source.draw(c.batch, generator)
+        n = round(c.spoilt * c.batch)
+        images = torch.cat((spoil(images[:n], generator), images[n:]))
         # Every other step the canonical "a red car", else one of its variants.
-        template = 0 if self.step % 2 else self.step // 2 % len(self.texts)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = self.logits(images, self.texts[template])
-        loss = F.cross_entropy(logits, pair)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            torch._foreach_lerp_(self.shadow, list(self.model.parameters()), 1 - decay)
-        right = (logits.argmax(1) == pair).float().mean()
-        self.recent.append(torch.stack((loss.detach(), right)))
-        self.step += 1
+        step = self.training.step
+        logits = self.logits(images, self.texts[0 if step % 2 else step // 2 % len(self.texts)])
+        loss = F.cross_entropy(logits, caption)
+        right = (logits.argmax(1) == caption).float().mean()
+        return loss, torch.stack((loss.detach(), right))
 
-    def run(self, cache: Path) -> None:
-        """Train on. cache: folder of the traced views, see `traced_views`."""
+    def run(self) -> None:
         c = self.config
-        source = Source(Pictures(c.views_per_object, c.seed, CameraConfig(), cache), c.clay)
-        generator = torch.Generator().manual_seed(c.seed + 1 + self.step)
-        bank = Bank(source, c.bank, generator)
-        last = saved = time.perf_counter()
-        while self.elapsed < 60 * c.minutes:
-            images, pair = bank.draw(c.batch, c.fresh)
-            n = round(c.spoilt * c.batch)
-            images = torch.cat((spoil(images[:n], generator), images[n:]))
-            self.train_step(images, pair)
-            now = time.perf_counter()
-            self.elapsed, last = self.elapsed + now - last, now
-            if self.step % 100 == 0:
-                self._log()
-            if now - saved > 60:
-                self.save()
-                saved = last = time.perf_counter()
-        self.save()
+        source = Source(Pictures(c.views_per_object, c.seed, judged_camera()), c.clay)
+        self.training.run(lambda g: self.loss(source, g), self.ship)
 
-    def _log(self) -> None:
-        loss, right = torch.stack(self.recent).mean(0).tolist()
-        self.recent.clear()
-        row = {
-            "step": self.step,
-            "pictures": self.step * self.config.batch,
-            "minutes": round(self.elapsed / 60, 2),
-            "loss": round(loss, 4),
-            "top1": round(right, 4),
-        }
-        print(json.dumps(row), flush=True)
-        with open(self.folder / "curve.jsonl", "a") as f:
-            f.write(json.dumps(row) + "\n")
-
-    def save(self) -> None:
-        """The resumable state, and the averaged weights as a transformers folder."""
-        state = {
-            "model": self.model.state_dict(),
-            "shadow": self.shadow,
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "elapsed": self.elapsed,
-        }
-        torch.save(state, self.folder / "state.tmp")
-        os.replace(self.folder / "state.tmp", self.folder / "state.pt")
-        export(self.shadow, self.tokenizer, self.folder / "scorer")
-        (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
-
-    def _load(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.shadow, self.step, self.elapsed = state["shadow"], state["step"], state["elapsed"]
+    def ship(self) -> None:
+        """Write the averaged weights as a transformers folder."""
+        export(self.training.shadow, self.tokenizer, self.folder / "scorer", self.config)
 
 
-def export(weights: list[Tensor], tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def export(
+    weights: list[Tensor],
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    config: ScorerConfig,
+) -> None:
     """Write `weights` (in the order of build_model's parameters) as an fp16 CLIP folder."""
-    model = build_model(len(tokenizer))
-    with torch.no_grad():
-        for p, w in zip(model.parameters(), weights, strict=True):
-            p.copy_(w)
+    model = build_model(len(tokenizer), config.width, config.layers)
+    averaged(weights, [model])
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     square = {"height": SIZE, "width": SIZE}
@@ -340,28 +261,17 @@ def export(weights: list[Tensor], tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 def main(
     out: Path = Path("runs/scorer"),
-    minutes: float = ScorerConfig.minutes,
-    batch: int = ScorerConfig.batch,
-    learning_rate: float = ScorerConfig.learning_rate,
-    views_per_object: int = ScorerConfig.views_per_object,
-    seed: int = ScorerConfig.seed,
-    threads: int = ScorerConfig.threads,
-    start: bool = False,
-    cache: Path | None = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE of ScorerConfig; repeatable")
+    ] = None,
 ) -> None:
-    """Train the toybox scorer, or go on with the training that lies in --out. start: from the
-    weights of the embedded one."""
-    out.mkdir(parents=True, exist_ok=True)
-    config = ScorerConfig(
-        minutes=minutes,
-        batch=batch,
-        learning_rate=learning_rate,
-        views_per_object=views_per_object,
-        seed=seed,
-        threads=threads,
-        start=str(FOLDER) if start else "",
-    )
-    Trainer(config, out).run(cache or out / "views")
+    """Train the toybox scorer, or go on with the training that lies in --out."""
+    try:
+        config = settings(ScorerConfig, out, set_ or [])
+        out.mkdir(parents=True, exist_ok=True)
+        Trainer(config, out).run()
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":
