@@ -226,7 +226,8 @@ def measure(job: Job, renderer, scorer: Scorer) -> Result:
             return None
 
     true = metrics.true_mesh(job.name)
-    mesh = attempt(export.mesh, field, radius, metrics.GRID)
+    step = job.config.render.step
+    mesh = attempt(export.mesh, field, radius, metrics.GRID, None, step)
     near = (None, None) if mesh is None else metrics.surfaces(mesh, true)
     turn, truth = metrics.turn(renderer), metrics.true_turn(job.colour, job.name)
     psnr, ssim = metrics.pictures(renderer, job.colour, job.name)
@@ -237,7 +238,7 @@ def measure(job: Job, renderer, scorer: Scorer) -> Result:
     return Result(
         prompt=job.config.prompt,
         held_out=world.is_held_out(job.colour, job.name),
-        iou=attempt(metrics.volume_iou, field, radius, job.name),
+        iou=attempt(metrics.volume_iou, field, radius, job.name, step),
         precision=precision.all,
         seconds=_seconds(job.folder),
         variant=job.variant,

@@ -16,16 +16,16 @@ import torch
 import trimesh
 from PIL import Image
 from scipy import ndimage
-from skimage.filters import threshold_otsu
 from skimage.measure import marching_cubes
 from torch import Tensor, nn
 
 from . import shading
 from .camera import Cameras, orbit
 from .checkpoint import write_atomically
+from .config import RenderConfig
 
 DISTANCE, FOCAL = 1.5, 1.0  # of the exported views, scene units and image widths
-HALVING = (0.01, 0.15)  # scene units: depth of matter in which a surface's light falls to a half
+FOG = 0.15  # scene units: what takes longer to halve the light is no surface
 SPECK = 0.005  # components smaller than this share of the largest are dropped
 _CHUNK = 1 << 18  # points evaluated at once
 _LOG_RANGE = 2.0  # marching cubes sees log density clipped to the level's plus or minus this
@@ -59,17 +59,19 @@ def density_grid(field: FieldFunction, resolution: int, radius: float) -> np.nda
     return density.reshape(resolution, resolution, resolution).numpy()
 
 
-def solid(density: np.ndarray, iso: float | None = None) -> tuple[np.ndarray, float]:
+def solid(
+    density: np.ndarray, iso: float | None = None, step: float = RenderConfig.step
+) -> tuple[np.ndarray, float]:
     """The solid that a density grid (G, G, G) shows, as booleans, and the level that bounds it.
 
-    Without `iso` the level parts the density's logarithm in two (Otsu 1979): an SDS-trained field
-    is thin fog and dense matter, some orders of magnitude apart. It is kept to where the light
-    falls to a half within 0.01 to 0.15 scene units (`HALVING`): thinner is fog, whatever the
-    histogram, and denser is all opaque. Cavities that no path from outside reaches are filled,
-    since no training view sees inside an opaque surface. Specks are dropped. The result is empty
-    where no density reaches the level.
+    Without `iso` the level is what pictures are trained against: the density at which one step of
+    the renderer, `step` scene units, takes half of the light, ln 2 / step. Where the matter itself
+    is softer, it is half of the matter's median density, but no less than takes half of the light
+    in FOG scene units: thinner is fog. Cavities that no path from outside reaches are filled, since
+    no training view sees inside an opaque surface. Specks are dropped. The result is empty where no
+    density reaches the level.
     """
-    level = _level(density) if iso is None else float(iso)
+    level = _level(density, step) if iso is None else float(iso)
     filled = ndimage.binary_fill_holes(density > level)
     labels, n = ndimage.label(filled)
     if n > 1:
@@ -79,25 +81,29 @@ def solid(density: np.ndarray, iso: float | None = None) -> tuple[np.ndarray, fl
     return filled, level
 
 
-def _level(density: np.ndarray) -> float:
-    high, low = (math.log(2.0) / h for h in HALVING)
-    # The tails beyond a decade outside of the range say nothing of where to part.
-    log = np.log(np.clip(density[density > 0], low / 10, high * 10))
-    if not log.size or np.ptp(log) < 1e-3:
-        return low
-    return float(np.clip(np.exp(threshold_otsu(log)), low, high))
+def _level(density: np.ndarray, step: float) -> float:
+    fog = math.log(2.0) / FOG
+    matter = density[density > fog]
+    if not matter.size:
+        return fog
+    return max(fog, min(math.log(2.0) / step, 0.5 * float(np.median(matter))))
 
 
 def mesh(
-    field: FieldFunction, radius: float, resolution: int = 128, iso: float | None = None
+    field: FieldFunction,
+    radius: float,
+    resolution: int = 128,
+    iso: float | None = None,
+    step: float = RenderConfig.step,
 ) -> trimesh.Trimesh:
-    """Marching cubes (Lewiner et al. 2003) on the solid's lightly smoothed log density.
+    """Marching cubes (Lewiner et al. 2003) on the solid's lightly smoothed log density. iso and
+    step: as of `solid`.
 
     Vertices in scene units, z up; normals point out; vertex colours are the albedo half a cell
     inside the surface, as displayed (sRGB). Raises ValueError when there is no surface.
     """
     density = density_grid(field, resolution, radius)
-    inside, level = solid(density, iso)
+    inside, level = solid(density, iso, step)
     none = f"no surface at any level: density is at most {density.max():.3g}, expected {level:.3g}"
     if not inside.any():
         raise ValueError(none)
@@ -266,7 +272,8 @@ def export_run(
     turntable(renderer, video, frames, size)
     try:
         field = renderer.field
-        write_glb(mesh(field, field.config.radius, resolution), glb)
+        step = renderer.config.step
+        write_glb(mesh(field, field.config.radius, resolution, step=step), glb)
     except ValueError as error:
         warnings.warn(f"{glb.name} not written: {error}", stacklevel=2)
         return [sheet, video]

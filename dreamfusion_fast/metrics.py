@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import camera, export, shading
 from .camera import Cameras
+from .config import RenderConfig
 from .toybox import renderer as true_renderer
 from .toybox import shapes, world
 from .toybox import surfaces as surfaces_of
@@ -38,9 +39,10 @@ ALIKE = 1e-3  # mean squared difference in [0, 1] below which two pictures look 
 GREY = torch.full((3,), 0.5)  # background of compared pictures
 
 
-def volume_iou(field, radius: float, name: str) -> float:
-    """IoU of the field's solid (export.solid, automatic level) with object `name`, in [0, 1]."""
-    found, _ = export.solid(export.density_grid(field, GRID, radius))
+def volume_iou(field, radius: float, name: str, step: float = RenderConfig.step) -> float:
+    """IoU of the field's solid (export.solid, automatic level for a renderer of this step) with
+    object `name`, in [0, 1]."""
+    found, _ = export.solid(export.density_grid(field, GRID, radius), step=step)
     true = (_distances(name, radius) < 0).numpy()
     return float(np.logical_and(found, true).sum() / np.logical_or(found, true).sum())
 

@@ -77,14 +77,23 @@ def test_density_grid_refuses_nan():
 def test_solid_fills_cavities_and_drops_specks():
     blobs = field(ball((0.25, 0, 0), 0.2), ball((-0.3, 0, 0), 0.15), ball((0, 0, 0.6), 0.03))
     found, level = export.solid(export.density_grid(blobs, 64, RADIUS))
-    low, high = (math.log(2) / h for h in reversed(export.HALVING))
-    assert low <= level <= high
+    assert level == pytest.approx(math.log(2) / RenderConfig.step)
     cell = (2 * RADIUS / 64) ** 3
     assert found.sum() * cell == pytest.approx(4 / 3 * math.pi * (0.2**3 + 0.15**3), rel=0.05)
     assert not found[:, :, 55:].any(), "the speck is still there"
     hollow, _ = export.solid(export.density_grid(field(shell(0.3, 0.08)), 64, RADIUS))
     assert hollow[32, 32, 32]
     assert hollow.sum() * cell == pytest.approx(0.6**3, rel=0.05)
+
+
+def test_the_level_is_where_a_step_takes_half_of_the_light():
+    dense = np.full((8, 8, 8), 200.0)
+    for step in (0.025, 0.0125):
+        assert export.solid(dense, step=step)[1] == pytest.approx(math.log(2) / step)
+    soft = np.full((8, 8, 8), 20.0)  # two steps take half of the light
+    assert export.solid(soft)[1] == pytest.approx(10.0) and export.solid(soft)[0].all()
+    thin = np.full((8, 8, 8), 6.0)
+    assert export.solid(thin)[1] == pytest.approx(math.log(2) / export.FOG)
 
 
 def test_solid_leaves_open_cavities_and_explicit_levels():

@@ -29,7 +29,7 @@ from ..config import toybox_camera
 from ..guidance import load_pipeline
 from . import world
 from .pictures import SIZE, Batch, Pictures
-from .training import Training, TrainingConfig, averaged, settings
+from .training import Training, TrainingConfig, autocast, averaged, settings
 
 UNSHUFFLE = 4
 MEASURES = ["loss", *(f"loss_t{k}" for k in range(1, 5))]  # all, and by quarter of the t range
@@ -148,7 +148,7 @@ class Trainer:
         """The mean squared error of v, its t stratified over the batch; and MEASURES."""
         c, n = self.config, len(batch.images)
         u = torch.rand(n, generator=generator)
-        context = self.embed(["" if x < c.unconditional else p for x, p in zip(u, batch.prompts)])
+        prompts = ["" if x < c.unconditional else p for x, p in zip(u, batch.prompts)]
         told = (u >= c.unconditional + c.blind).float()[:, None]  # others see no camera: zeros
         numbers = camera.flattened(batch.cameras) * told
         z0 = F.pixel_unshuffle(batch.images * 2 - 1, UNSHUFFLE)
@@ -156,7 +156,8 @@ class Trainer:
         noise = torch.randn(z0.shape, generator=generator)
         z = self.scheduler.add_noise(z0, noise, t).to(memory_format=torch.channels_last)
         target = self.scheduler.get_velocity(z0, noise, t)
-        predicted = self.forward(z, t, context, class_labels=numbers).sample
+        with autocast():
+            predicted = self.forward(z, t, self.embed(prompts), class_labels=numbers).sample
         each = (predicted.float() - target).square().mean(dim=(1, 2, 3))
         loss = each.mean()
         return loss, torch.cat((loss[None], each.view(4, -1).mean(1))).detach()

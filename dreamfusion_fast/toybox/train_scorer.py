@@ -34,7 +34,7 @@ from ..config import CameraConfig
 from . import world
 from .pictures import SIZE, Pictures
 from .train_prior import build_tokenizer
-from .training import Training, TrainingConfig, averaged, settings
+from .training import Training, TrainingConfig, autocast, averaged, settings
 
 COLOURS = (*world.COLOURS, "grey clay")  # the last one: textureless
 CAPTIONS = [(c, o) for o in world.OBJECTS for c in COLOURS]
@@ -227,7 +227,8 @@ class Trainer:
         images = torch.cat((spoil(images[:n], generator), images[n:]))
         # Every other step the canonical "a red car", else one of its variants.
         step = self.training.step
-        logits = self.logits(images, self.texts[0 if step % 2 else step // 2 % len(self.texts)])
+        with autocast():
+            logits = self.logits(images, self.texts[0 if step % 2 else step // 2 % len(self.texts)])
         loss = F.cross_entropy(logits, caption)
         right = (logits.argmax(1) == caption).float().mean()
         return loss, torch.stack((loss.detach(), right))

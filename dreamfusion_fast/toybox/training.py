@@ -66,6 +66,11 @@ def fast_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def autocast():
+    """Inside of it networks compute in bfloat16, on a CPU that is faster in it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16())
+
+
 class Training:
     """A training in a folder: state.pt (all that it needs to go on), config.json, curve.jsonl.
 
@@ -113,8 +118,7 @@ class Training:
         """loss_of: draws a batch; returns its loss, and its measures (M,)."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
-            loss, measures = loss_of(self.generator())
+        loss, measures = loss_of(self.generator())
         self.recent.append(measures.detach())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
