@@ -25,6 +25,7 @@ from .checkpoint import write_atomically
 from .config import RenderConfig
 
 DISTANCE, FOCAL = 1.5, 1.0  # of the exported views, scene units and image widths
+SIZE = 256  # pixels, of what a run leaves behind
 FOG = 0.15  # scene units: what takes longer to halve the light is no surface
 SPECK = 0.005  # components smaller than this share of the largest are dropped
 _CHUNK = 1 << 18  # points evaluated at once
@@ -217,7 +218,7 @@ def preview(renderer, path: Path) -> None:
     write_png(tiled(render_views(renderer, cameras), 2), path)
 
 
-def contact_sheet(renderer, path: Path, size: int = 128) -> None:
+def contact_sheet(renderer, path: Path, size: int = SIZE) -> None:
     """PNG of 8 azimuths (columns) at 15 and 45 degrees of elevation (rows); then, at 15 degrees,
     lit, textureless and normals."""
     azimuths = [45.0 * i for i in range(8)]
@@ -232,7 +233,7 @@ def contact_sheet(renderer, path: Path, size: int = 128) -> None:
     write_png(tiled(torch.cat(rows), 8), path)
 
 
-def turntable(renderer, path: Path, frames: int = 60, size: int = 128, fps: int = 30) -> None:
+def turntable(renderer, path: Path, frames: int = 60, size: int = SIZE, fps: int = 30) -> None:
     """MP4 (H.264, yuv420p) of one turn at 15 degrees of elevation. size: even, pixels."""
     if size % 2 or size <= 0:
         raise ValueError(f"argument `size`: expected a positive even number, got {size}")
@@ -259,7 +260,7 @@ def export_run(
     renderer,
     folder: Path,
     frames: int = 60,
-    size: int = 128,
+    size: int = SIZE,
     resolution: int = 128,
 ) -> list[Path]:
     """Write contact_sheet.png, turntable.mp4 and mesh.glb into `folder`; returns what was written.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dreamfusion_fast.toybox import world
+from dreamfusion_fast.toybox import train_scorer, world
 from dreamfusion_fast.toybox.scorer import FOLDER, Scorer
 from dreamfusion_fast.toybox.scorer_card import orbit_pictures
 from dreamfusion_fast.toybox.train_prior import build_tokenizer
@@ -92,6 +92,23 @@ def test_spoil_keeps_shape_and_range(rng):
     got = spoil(images, rng)
     assert got.shape == images.shape and got.min() >= 0 and got.max() <= 1
     assert (got - images).abs().flatten(1).mean(1).gt(1e-3).all()
+
+
+def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path, monkeypatch):
+    pictures = train_scorer.Pictures
+    monkeypatch.setattr(
+        train_scorer, "Pictures", lambda *args: pictures(*args, objects=["ball", "car"])
+    )
+    small = dict(batch=4, views_per_object=8, width=32, layers=1, threads=1, warmup=1)
+    for name, stops in (("whole", (4,)), ("parts", (2, 4))):
+        (tmp_path / name).mkdir()
+        for steps in stops:
+            config = ScorerConfig(**small, steps=steps, decay_share=1e-9)
+            trainer = train_scorer.Trainer(config, tmp_path / name)
+            trainer.run()
+        assert trainer.training.step == 4
+    files = [tmp_path / name / "scorer/model.safetensors" for name in ("whole", "parts")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_export_writes_what_the_scorer_loads(tmp_path):

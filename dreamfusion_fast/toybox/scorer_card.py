@@ -37,8 +37,8 @@ stand in parentheses.
   random backgrounds. {pictures:,} pictures were seen, each shaded anew. {clay:.0%} are textureless
   and lit, "a grey clay car"; the others coloured, one in four lit. All {pairs} (colour, object)
   pairs, those that the prior never sees included, each as likely.
-- **Spoiling**: {spoilt:.0%} of the pictures are bent, cut, fogged, blurred, noisy, over-saturated,
-  or have floaters, as unfinished radiance fields do.
+- **Spoiling**: each picture is seen twice, clean and spoilt: bent, cut, fogged, blurred, noisy,
+  over-saturated, with floaters, as unfinished radiance fields are.
 - **Loss**: softmax over all {captions} prompts for each picture (cosine similarity, learnt
   temperature), the image-to-text half of CLIP's loss; prompts in the canonical form "a red car"
   every other step, else in one of {templates} variants. No view words.
@@ -140,7 +140,6 @@ def main(run: Path = Path("runs/scorer"), views: int = 8, threads: int = 2, note
         minutes=last["minutes"],
         seed=config["seed"],
         batch=config["batch"],
-        spoilt=config["spoilt"],
         note=note,
         clay=config["clay"],
         captions=len(CAPTIONS),

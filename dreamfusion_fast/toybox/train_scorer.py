@@ -1,11 +1,11 @@
 """Train the embedded scorer: `python -m dreamfusion_fast.toybox.train_scorer --out runs/scorer`.
 
 A small CLIP (Radford et al. 2021) on all pairs of the toybox, those that the prior never sees
-included, and on textureless objects, "a grey clay car": it is a judge of colour and of geometry,
-never guidance. A batch holds few of the 351 prompts, so the loss is the
-softmax over all of them for each picture, i.e. the image-to-text half of CLIP's loss with every
-text there is; the text-to-image half is left out. Pictures are spoilt at random as unfinished
-radiance fields are: blur, fog, floaters, missing parts, bent outlines, strong colours.
+included, and on textureless objects, "a grey clay car": it is a judge of colour and of geometry. A
+batch holds few of the 351 prompts, so the loss is the softmax over all of them for each picture,
+i.e. the image-to-text half of CLIP's loss with every text there is; the text-to-image half is left
+out. Each picture is there twice, once clean and once spoilt at random as unfinished radiance fields
+are: blur, fog, floaters, missing parts, bent outlines, strong colours.
 Stops are safe: the state is written atomically, and the same command resumes it.
 """
 
@@ -43,11 +43,10 @@ HALF = [0.5, 0.5, 0.5]  # mean and standard deviation of the model's normalisati
 
 @dataclass
 class ScorerConfig(TrainingConfig):
-    steps: int = 16_000
+    steps: int = 5_000
     learning_rate: float = 1.5e-3
     weight_decay: float = 5e-2
     ema: float = 0.998
-    spoilt: float = 0.5  # share of the pictures that `spoil` may change
     clay: float = 0.4  # share of textureless pictures
     width: int = 128  # of the picture's tower; another one makes a second opinion
     layers: int = 6
@@ -222,9 +221,8 @@ class Trainer:
     def loss(self, source: Source, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The cross-entropy over all captions; with it the share of pictures that were told."""
         c = self.config
-        images, caption = source.draw(c.batch, generator)
-        n = round(c.spoilt * c.batch)
-        images = torch.cat((spoil(images[:n], generator), images[n:]))
+        clean, caption = source.draw(c.batch // 2, generator)
+        images, caption = torch.cat((clean, spoil(clean, generator))), caption.repeat(2)
         # Every other step the canonical "a red car", else one of its variants.
         step = self.training.step
         with autocast():

@@ -16,7 +16,7 @@ from ..checkpoint import write_atomically
 
 LOG_EVERY, SAVE_SECONDS = 100, 180  # steps; seconds
 # What lies between features and the world is no matrix between features: AdamW's, not Muon's.
-ENDS = ("conv_in", "conv_out", "embedding", "embeddings", "class_embedding", "time_embedding")
+ENDS = ("conv_in", "conv_out", "embedding", "embeddings")
 
 
 @dataclass
