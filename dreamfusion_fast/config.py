@@ -150,6 +150,7 @@ class RunConfig:
     init: str = ""  # folder of a run whose scene is the start
     checkpoint_every: int = 100  # steps
     preview_every: int = 50  # steps
+    graph: bool = True  # on a GPU: a step is replayed as one CUDA graph
     camera: CameraConfig = dataclasses.field(default_factory=CameraConfig)
     field: FieldConfig = dataclasses.field(default_factory=FieldConfig)
     render: RenderConfig = dataclasses.field(default_factory=RenderConfig)

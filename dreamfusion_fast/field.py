@@ -136,6 +136,8 @@ class Field(nn.Module):
 
     def _gradient(self, x, features, count) -> Tensor:
         """Of the MLP's first output by x: backwards through MLP and grid."""
+        if self.config.activation == "relu":  # its gradient is the same around each point:
+            features = features.detach()  # a second order of zeros is neither made nor added
         of_out = torch.zeros(len(x), self.widths[-1], device=x.device)
         of_out[:, 0].fill_(1.0)
         of_features = mlp_gradient(

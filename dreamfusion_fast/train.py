@@ -25,6 +25,7 @@ from .field import make_field
 from .graph import Captured
 from .guidance.timed import Timed
 from .ops import has_half
+from .ops._backend import settled
 from .prompting import Prompts
 from .render import NO_LIMIT, Renderer, Rendering
 
@@ -52,7 +53,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, folder: Path, guide=None, device="cpu", resume=False):
         check(config)
-        self.config, self.folder, self.device = config, Path(folder), settled(device)
+        self.config, self.folder, self.device = config, Path(folder), made_current(device)
         if self.device.type == "cpu":
             _cpu.keep_memory()  # each step asks for what the last one freed
         self.guidance = Timed(guide or load_guidance(config, self.device))
@@ -91,7 +92,12 @@ class Trainer:
         # What a guidance renders for the camera lies elsewhere each time: no graph can hold it.
         static = not hasattr(self.guidance.guide, "set_cameras") and self.optimizer.capturable
         where = self.device if static else torch.device("cpu")
-        self.advance = {lit: Captured(partial(self._advance, lit), where) for lit in (False, True)}
+        # Steps with light and without share the graphs' memory, which is that of the networks.
+        pool = torch.cuda.graph_pool_handle() if where.type == "cuda" and config.graph else None
+        self.advance = {
+            lit: Captured(partial(self._advance, lit), where, pool, config.graph)
+            for lit in (False, True)
+        }
         self.report_every = 1 if self.device.type == "cpu" else REPORT_EVERY
         self.step, self.made, self.stopping = 0, 0, False  # made: steps, by this object
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -278,6 +284,7 @@ class Trainer:
                 row[name] = int(row[name])
             row["samples_lost"] = max(0, row["samples"] - self._capacity())
             row["seconds"] = round(seconds / n, 6)
+            row["graphs_failed"] = sum(advance.failed for advance in self.advance.values())
             row["guidance_share"] = None if guided is None else round(guided / seconds, 4)
             rows.append(row)
         log.writelines(json.dumps(row) + "\n" for row in rows)
@@ -363,14 +370,12 @@ def load_guidance(config: RunConfig, device: torch.device):
     )
 
 
-def settled(device) -> torch.device:
-    """The device with its number, made the current one: kernels and graphs go there."""
-    device = torch.device(device)
-    if device.type != "cuda":
-        return device
-    index = torch.cuda.current_device() if device.index is None else device.index
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
+def made_current(device) -> torch.device:
+    """The device with its number, made the current one: graphs and their timers go there."""
+    device = settled(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def _keep_lines(path: Path, n: int) -> None:
@@ -383,7 +388,7 @@ def _keep_lines(path: Path, n: int) -> None:
 def load_renderer(folder: Path, device="cpu") -> Renderer:
     """The renderer of a run, from its checkpoint. Raises ValueError where there is none."""
     tensors, stored = checkpoint.load(Path(folder) / "checkpoint.safetensors")
-    config, device = RunConfig.from_dict(stored), settled(device)
+    config, device = RunConfig.from_dict(stored), made_current(device)
     generator = torch.Generator().manual_seed(config.seed)
     field = make_field(config.field, generator)
     renderer = Renderer(field, config.render, generator).to(device)

@@ -1,14 +1,18 @@
 """What the ops share: the random numbers of common.h and the checks of _backend.py."""
 
+import contextlib
 import platform
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dreamfusion_fast import _cpu
-from dreamfusion_fast.ops import _backend, reference
+from dreamfusion_fast.ops import Adam, _backend, reference
+from dreamfusion_fast.ops.march import seed_tensor
 
 
 def test_uniform01_twin_is_exact(seed):
@@ -88,3 +92,56 @@ def test_check_tensor_shapes(shape, accepted):
 def test_check_tensor_device():
     with pytest.raises(ValueError, match="argument `x`: expected a tensor on meta, got cpu"):
         _backend.check_tensor("x", torch.zeros(2), device=torch.device("meta"))
+
+
+# ---- devices, by tensors that only say they lie on a GPU ----------------------------------------
+def test_a_kernel_is_launched_on_its_tensors_device(monkeypatch):
+    current, launched = [0], []
+
+    @contextlib.contextmanager
+    def device(where):
+        before, current[0] = current[0], where.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+
+    @_backend.on_its_device
+    def kernel(number, x):
+        launched.append(current[0])
+
+    with FakeTensorMode():
+        for where in ("cuda:1", "cuda:0", "cpu"):
+            kernel(3, torch.empty(2, device=where))
+    assert launched == [1, 0, 0] and current == [0]
+
+
+def test_every_op_is_launched_on_its_device(monkeypatch):
+    """What is registered for CUDA goes through the guard; what runs on a CPU need not."""
+    seen = {}
+
+    def impl(name, kernel, key, **_):
+        seen[key] = kernel is not plain
+
+    def plain(x):
+        return x
+
+    lib = types.SimpleNamespace(define=lambda schema, tags: schema.split("(")[0], impl=impl)
+    monkeypatch.setattr(_backend, "lib", lib)
+    monkeypatch.setattr(torch.library, "register_fake", lambda *a, **k: None)
+    monkeypatch.setattr(torch.library, "register_vmap", lambda *a, **k: None)
+    _backend.register("mlp(Tensor x) -> Tensor", plain, None)
+    assert seen["CUDA"] and not seen["CPU"]
+
+
+def test_a_device_without_number_is_the_current_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    assert _backend.settled("cuda") == torch.device("cuda:2")
+    assert _backend.settled("cuda:1") == torch.device("cuda:1")
+    assert _backend.settled("cpu") == torch.device("cpu")
+    with FakeTensorMode():
+        seed = torch.zeros(1, dtype=torch.int64, device="cuda:2")
+        assert seed_tensor(seed, torch.device("cuda")) is seed
+        adam = Adam([torch.nn.Parameter(torch.zeros(2, device="cuda:2"))])
+        assert adam.skipped_on("cuda") is adam.skipped_on(torch.device("cuda:2"))

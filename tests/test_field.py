@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from test_train import Orange, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreamfusion_fast.config import FieldConfig
 from dreamfusion_fast.field import LOG_DENSITY_MAX, Field
@@ -148,3 +149,25 @@ def test_levels_come_in_one_after_another(device, rng):
     whole = field(device)
     for a, b in zip(f(x, normals=True), whole(x, normals=True), strict=True):
         assert torch.equal(a, b)
+
+
+class SecondOrders(TorchDispatchMode):
+    """Which derivatives mlp_second was asked for: of grad_out, x, params."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name == "dreamfusion_fast::mlp_second":
+            self.asked.append(args[-3:])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_relus_second_order_of_zeros_is_not_made(activation, rng):
+    f, x = field("cpu", activation=activation), points(rng, "cpu")
+    with SecondOrders() as orders:
+        f(x, normals=True)[2].square().sum().backward()
+    assert [asked[1] for asked in orders.asked] == [activation == "silu"]
+    assert f.weights.grad.abs().max() > 0 and f.table.grad.abs().max() > 0

@@ -1,8 +1,10 @@
 """What a CUDA graph must be able to hold: `Trainer._advance` never asks the device for a number."""
 
+import contextlib
 import gc
 import resource
 import sys
+import types
 
 import pytest
 import torch
@@ -173,6 +175,64 @@ def test_gradient_accumulation_is_a_larger_batch(tmp_path):
         gradients.append([p.grad.clone() for p in trainer.renderer.field.parameters()])
     for both, a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(both, a + b)
+
+
+class FakeCuda:
+    """torch.cuda's graphs for who has no GPU: a capture runs nothing, and may fail."""
+
+    def __init__(self, monkeypatch, error=None):
+        self.error, self.log = error, []
+        for name in ("CUDAGraph", "graph", "Stream", "current_stream", "stream"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def CUDAGraph(self):
+        return types.SimpleNamespace(replay=lambda: self.log.append("replay"))
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool=None, stream=None):
+        self.log.append(("capture", pool))
+        if self.error:
+            raise RuntimeError(self.error)
+        yield
+
+    def Stream(self, device):
+        return types.SimpleNamespace(wait_stream=lambda other: None)
+
+    current_stream = Stream
+
+    def stream(self, side):
+        return contextlib.nullcontext()
+
+
+def called(captured, calls, times):
+    for _ in range(times):
+        captured()
+    return len(calls)
+
+
+def test_a_graph_is_captured_once_and_replayed(monkeypatch):
+    fake, calls = FakeCuda(monkeypatch), []
+    captured = graph.Captured(lambda: calls.append(1), torch.device("cuda:0"), (3, 4))
+    assert called(captured, calls, 6) == graph.Captured.WARM_UP + 1  # the last one is captured
+    assert fake.log == [("capture", (3, 4)), "replay", "replay", "replay"]
+    captured.reset()
+    assert called(captured, calls, 4) == 2 * (graph.Captured.WARM_UP + 1)
+
+
+def test_a_capture_that_fails_is_said_once_and_the_function_called_as_it_is(monkeypatch):
+    fake, calls = FakeCuda(monkeypatch, "operation not permitted\nwhen capturing"), []
+    captured = graph.Captured(lambda: calls.append(1), torch.device("cuda:0"))
+    with pytest.warns(UserWarning, match="goes on without, slower: operation not permitted$") as w:
+        assert called(captured, calls, 8) == 8
+    assert len(w) == 1 and captured.failed and fake.log == [("capture", None)]
+    captured.reset()
+    assert called(captured, calls, 8) == 16 and len(fake.log) == 1
+
+
+def test_graphs_can_be_switched_off(monkeypatch):
+    fake, calls = FakeCuda(monkeypatch), []
+    captured = graph.Captured(lambda: calls.append(1), torch.device("cuda:0"), enabled=False)
+    assert called(captured, calls, 8) == 8 and not fake.log and not captured.failed
 
 
 def test_captured_calls_on_the_cpu_and_warms_up_elsewhere():

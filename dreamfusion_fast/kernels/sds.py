@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..ops._backend import on_its_device
+
 PERTURB_BLOCK = 256  # counters a program of perturb takes, four numbers each
 GUIDE_BLOCK = 1024  # counters that a program of guide takes at a time: what its registers hold
 GUIDE_WARPS = 16
@@ -171,6 +173,7 @@ def guide_kernel(
         tl.atomic_add(bad, 1)
 
 
+@on_its_device
 def perturb(
     z: torch.Tensor,
     t: torch.Tensor,
@@ -187,6 +190,7 @@ def perturb(
     )  # fmt: skip
 
 
+@on_its_device
 def guide(
     prediction: torch.Tensor,
     z_t: torch.Tensor,

@@ -25,11 +25,36 @@ SCALARS = (*FLOATS, torch.float16)
 _derivatives: dict[str, Derivative] = {}
 
 
+def on_its_device(kernel):
+    """The kernel, launched on the device of its first tensor, whichever is the current one."""
+
+    @functools.wraps(kernel)
+    def run(*args):
+        for x in args:
+            if isinstance(x, torch.Tensor):
+                break
+        if x.is_cuda and x.device.index != torch.cuda.current_device():
+            with torch.cuda.device(x.device):
+                return kernel(*args)
+        return kernel(*args)
+
+    return run
+
+
+def settled(device: torch.device | str) -> torch.device:
+    """The device with its number: tensors on "cuda" say that they are on "cuda:0"."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def register(schema: str, kernel, fake) -> None:
     """Register an op: its schema, the function that runs it on CPU and CUDA, and its fake. It has
     no derivative until `register_backward`; an op that only writes into its arguments never."""
     name = lib.define(schema, tags=torch.Tag.pt2_compliant_tag)
     lib.impl(name, kernel, "CPU")
+    kernel = on_its_device(kernel)
     lib.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"dreamfusion_fast::{name}", fake, lib=lib)
     op = getattr(torch.ops.dreamfusion_fast, name).default

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from ._backend import check_range, check_tensor, kernels, ptr, register, scalar, stream
+from ._backend import (
+    check_range,
+    check_tensor,
+    kernels,
+    ptr,
+    register,
+    scalar,
+    settled,
+    stream,
+)
 
 COUNTERS = (torch.int32, torch.int64)
 
@@ -135,6 +144,7 @@ class Adam(torch.optim.Optimizer):
 
     def skipped_on(self, device: torch.device) -> torch.Tensor:
         """The count of one device, (1,) int32, for who must not wait."""
+        device = settled(device)
         if device not in self._skipped:
             self._skipped[device] = torch.zeros(1, dtype=torch.int32, device=device)
         return self._skipped[device]

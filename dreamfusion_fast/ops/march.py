@@ -6,7 +6,17 @@ from typing import NamedTuple
 
 import torch
 
-from ._backend import autocast, check_range, check_tensor, kernels, ptr, register, scalar, stream
+from ._backend import (
+    autocast,
+    check_range,
+    check_tensor,
+    kernels,
+    ptr,
+    register,
+    scalar,
+    settled,
+    stream,
+)
 
 EDGE = 8  # cells along the edge of a block that is jumped over when empty
 SMALLEST = 1e-18  # of a length: the reciprocal of its square is still a float32
@@ -112,6 +122,7 @@ def check_resolution(resolution: int) -> None:
 
 def seed_tensor(seed: int | torch.Tensor, device: torch.device) -> torch.Tensor:
     """The seed as an int64 tensor (1,) on the device, checked."""
+    device = settled(device)
     if isinstance(seed, torch.Tensor):
         check_tensor("seed", seed, torch.int64, (1,), device)
         return seed
