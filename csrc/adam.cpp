@@ -8,7 +8,7 @@ namespace {
 constexpr int64_t GRAIN = 1 << 15;  // elements a chunk: for fewer, no second thread is woken
 
 template <class T> bool all_finite(const AdamArgs<T>& a) {
-  const T unscale = T(1 / a.grad_scale);
+  const T unscale = T(1 / a.grad_scale) / (a.loss_scale ? T(*a.loss_scale) : T(1));
   int bad = 0;
   parallel_for(a.n, GRAIN, [&](int64_t begin, int64_t end) {
     int found = 0;

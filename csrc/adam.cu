@@ -22,6 +22,7 @@ template <int N, class T> __device__ inline void store_pack(T* p, const Pack<T, 
 template <int N, class T>
 __global__ void __launch_bounds__(THREADS) adam_check_kernel(AdamArgs<T> a, T unscale) {
   const int64_t i = N * global_thread();
+  if (a.loss_scale) unscale /= T(*a.loss_scale);
   bool bad = false;
   const auto look = [&](T grad) {
     const T g = grad * unscale;

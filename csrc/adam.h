@@ -10,12 +10,13 @@ constexpr int ADAM_FACTORS = 8;  // numbers in AdamFactors
 
 template <class T> struct AdamArgs {
   T* param;          // (n,) parameters
-  const T* grad;     // (n,) gradients, grad_scale times too large
+  const T* grad;     // (n,) gradients, grad_scale * loss_scale times too large
   T* exp_avg;        // (n,) running mean of the gradient
   T* exp_avg_sq;     // (n,) running mean of its square
   void* step;        // (1,) int32 or int64, number of updates made
   int32_t* skipped;  // (1,) number of updates skipped
   const float* rate;  // (1,) factor of lr, or null: what a captured graph may change between replays
+  const float* loss_scale;  // (1,) factor of grad_scale, or null: likewise
   void* param_half;  // (n,) float16 copy of the new parameters, or null; CUDA only
   int32_t* found;    // (1,) scratch on CUDA: is any gradient not finite
   T* factors;        // (ADAM_FACTORS,) scratch on CUDA: AdamFactors of this update
@@ -31,9 +32,10 @@ template <class T> struct AdamFactors {  // what an update's elements have in co
 };
 template <class T> DF_HD AdamFactors<T> adam_factors(const AdamArgs<T>& a, int64_t step) {
   const double lr = a.rate ? a.lr * double(*a.rate) : a.lr;
+  const double scale = a.loss_scale ? a.grad_scale * double(*a.loss_scale) : a.grad_scale;
   return {T(a.beta1), T(1 - a.beta1), T(a.beta2), T(1 - a.beta2),
           T(lr / (1 - std::pow(a.beta1, double(step)))),
-          T(1 / std::sqrt(1 - std::pow(a.beta2, double(step)))), T(a.eps), T(1 / a.grad_scale)};
+          T(1 / std::sqrt(1 - std::pow(a.beta2, double(step)))), T(a.eps), T(1 / scale)};
 }
 template <class T>
 DF_HD void adam_element(const AdamFactors<T>& f, T& param, T grad, T& exp_avg, T& exp_avg_sq) {

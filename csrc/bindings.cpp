@@ -146,8 +146,8 @@ void bind(py::module_& m, const char* name, const char* fields, Launch launch, K
 
 // One block a stem, alphabetical.
 static void bind_kernels(py::module_& m) {
-  KERNEL(adam_step, AdamArgs, param, grad, exp_avg, exp_avg_sq, step, skipped, rate, param_half,
-         found, factors, step_is_int64, n, lr, beta1, beta2, eps, grad_scale);
+  KERNEL(adam_step, AdamArgs, param, grad, exp_avg, exp_avg_sq, step, skipped, rate, loss_scale,
+         param_half, found, factors, step_is_int64, n, lr, beta1, beta2, eps, grad_scale);
   m.attr("ADAM_FACTORS") = df::ADAM_FACTORS;
 
   KERNEL(composite_forward, CompositeArgs, sigma, rgb, t, dt, packed, colour, opacity, depth,

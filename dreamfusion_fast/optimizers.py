@@ -6,7 +6,7 @@ dependency. Each has
     capturable                whether a CUDA graph can hold its step
     zero_grad(set_to_none)    as torch has it
     set_share(share)          (1,) float32 on the device: factor of all learning rates from now on
-    step(grad_scale)          update; gradients are divided by grad_scale
+    step(loss_scale=)         update; gradients are divided by loss_scale, (1,) there, or None
     skipped_on(device)        (1,) int32 there: updates left out for non-finite gradients
     tensors(), load(tensors)  its state, as "<number of the parameter>.<name>" -> tensor
 """
@@ -23,6 +23,7 @@ from .ops import Adam
 
 BETAS = {"adam": (0.9, 0.99), "adan": (0.98, 0.92, 0.99), "shampoo": (0.9, 0.9)}  # by default
 MOST_OBLONG = 64  # ratio of a matrix's sides: beyond, it is a table
+GROW_EVERY = 1000  # whole updates after which a loss scale is doubled
 SHAMPOO_EVERY = 20  # steps between inverse roots, and before the first
 
 
@@ -138,6 +139,42 @@ class FusedAdam(Adam):
         self.load_state_dict({"state": state, "param_groups": groups})
 
 
+class LossScale:
+    """The factor of the loss that keeps gradients within float16's range, on the device: it doubles
+    after GROW_EVERY whole updates and halves when one was skipped (Micikevicius et al. 2018). Never
+    waits for the device.
+
+    Attributes:
+        value: (1,) float32, the factor.
+    """
+
+    LEAST, MOST = 2.0**-10, 2.0**16
+
+    def __init__(self, device: torch.device, start: float = 128.0):
+        self.value = torch.full((1,), start, device=device)
+        self.whole = torch.zeros(1, dtype=torch.int32, device=device)  # updates since a change
+        self.skipped = torch.zeros(1, dtype=torch.int32, device=device)  # as seen at the last one
+
+    def update(self, skipped: Tensor) -> None:
+        """After a step. skipped: (1,) int32, the count of skipped updates since the start."""
+        bad = skipped != self.skipped
+        self.skipped.copy_(skipped)
+        whole = (self.whole + 1) * ~bad
+        grown = whole >= GROW_EVERY
+        factor = 1.0 + grown.float() - 0.5 * bad.float()
+        self.value.copy_((self.value * factor).clamp(self.LEAST, self.MOST))
+        self.whole.copy_(whole * ~grown)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"value": self.value, "whole": self.whole}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Takes what `tensors` made; of a run that has none it keeps its own."""
+        for name, value in self.tensors().items():
+            if name in tensors:
+                value.copy_(tensors[name])
+
+
 class Kept:
     """An optimizer of pytorch_optimizer. Its learning rates and its count of steps are the host's:
     no CUDA graph can hold it, and on a GPU each step waits for the device twice. If any gradient
@@ -167,15 +204,15 @@ class Kept:
         return self.skipped.to(device)
 
     @torch.no_grad()
-    def step(self, grad_scale: float = 1.0) -> None:
+    def step(self, loss_scale: Tensor | None = None) -> None:
         if self.skipped.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("optimizer: only adam can be captured in a CUDA graph")
         gradients = [p.grad for p in self.params if p.grad is not None]
         if not torch.stack([g.isfinite().all() for g in gradients]).all():
             self.skipped += 1
             return
-        if grad_scale != 1.0:
-            torch._foreach_div_(gradients, grad_scale)
+        if loss_scale is not None:
+            torch._foreach_div_(gradients, float(loss_scale))
         self.inner.step()
         for master, copy in self.half_copies.items():
             copy.copy_(master)

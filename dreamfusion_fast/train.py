@@ -31,7 +31,6 @@ from .render import NO_LIMIT, Renderer, Rendering
 
 MEASURES = ("sds", "opacity", "mean_opacity", "samples", "views_skipped", "updates_skipped")
 REPORT_EVERY = 10  # steps, on a GPU: reading what it measured waits for it
-HALF_SCALE = 128.0  # of the loss: keeps gradients in float16's range
 HOPELESS = 10  # steps without a single finite view: the run is given up
 
 
@@ -76,7 +75,7 @@ class Trainer:
             raise ValueError(
                 f"config `half`: expected false, as the kernels on {self.device} have no float16"
             )
-        self.grad_scale = HALF_SCALE if config.field.half else 1.0
+        self.loss_scale = optimizers.LossScale(self.device) if config.field.half else None
         self.colour_map = None  # of latents
         if config.render.latent:
             self._set_colour_map()
@@ -218,8 +217,11 @@ class Trainer:
         self.renderer.field.set_progress(self.draws[0].progress)
         passes = torch.stack([self._accumulate(draw, lit) for draw in self.draws])
         self.optimizer.set_share(self.draws[0].rate)
-        self.optimizer.step(grad_scale=self.grad_scale)
-        counts = torch.cat((self.bad, self.optimizer.skipped_on(self.device)))
+        skipped, scale = self.optimizer.skipped_on(self.device), self.loss_scale
+        self.optimizer.step(loss_scale=None if scale is None else scale.value)
+        if scale is not None:
+            scale.update(skipped)
+        counts = torch.cat((self.bad, skipped))
         self.measured.copy_(torch.cat((passes[:, :3].mean(0), passes[:, 3].amax(0)[None], counts)))
 
     def _accumulate(self, draw: Draw, lit: bool) -> Tensor:
@@ -232,11 +234,16 @@ class Trainer:
             keep_samples=self.keep_samples,
         )  # fmt: skip
         z = rendering.image if latent else self.guidance.encode(rendering.image)
-        share = self.grad_scale / (c.views * c.accumulate)
+        share = 1.0 / (c.views * c.accumulate)
         gradient = self._guide(z, draw, share)
         terms = self._regularize(rendering, draw.losses)
-        total = self.grad_scale / c.accumulate * losses.weighted(terms, draw.losses)
-        torch.autograd.backward((z, total), (gradient.to(z.dtype), torch.ones_like(total)))
+        total = losses.weighted(terms, draw.losses) / c.accumulate
+        scale = torch.ones_like(total)
+        scaled = gradient
+        if self.loss_scale is not None:
+            scale = self.loss_scale.value.reshape(total.shape)
+            scaled = gradient * scale
+        torch.autograd.backward((z, total), (scaled.to(z.dtype), scale))
         spread = gradient.square().mean().sqrt() / share
         measures = spread, terms["opacity"], rendering.opacity.mean(), rendering.count[0]
         return torch.stack([x.detach().double() for x in measures])
@@ -341,6 +348,8 @@ class Trainer:
         """Write the checkpoint: parameters, the optimizer's state, occupancy, step."""
         tensors = {f"model.{k}": v for k, v in self.renderer.state_dict().items()}
         tensors |= {f"optimizer.{k}": v for k, v in self.optimizer.tensors().items()}
+        if self.loss_scale is not None:
+            tensors |= {f"loss_scale.{k}": v for k, v in self.loss_scale.tensors().items()}
         tensors["step"] = torch.tensor([self.step])
         tensors["capacity"] = torch.tensor([self.renderer.capacity])
         checkpoint.save(self.checkpoint_path, tensors, self.config.to_dict())
@@ -358,6 +367,8 @@ class Trainer:
         self.renderer.load_state_dict(within(tensors, "model."))
         self.renderer.field.refresh_half()
         self.optimizer.load(within(tensors, "optimizer."))
+        if self.loss_scale is not None:
+            self.loss_scale.load(within(tensors, "loss_scale."))
         self.step = int(tensors["step"])
         self.renderer.capacity = int(tensors["capacity"])
 

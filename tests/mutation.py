@@ -266,6 +266,14 @@ BUGS = [
         "UBSan",
     ),
     Bug(
+        "a loss scale that the search for bad gradients forgets",
+        "adam.cu",
+        "if (a.loss_scale) unscale /= T(*a.loss_scale);",
+        "",
+        "op test_adam.py -k test_what_overflows",
+        "result",
+    ),
+    Bug(
         "update in spite of a bad gradient",
         "adam.cu",
         "if (i >= a.n || *a.found) return;",

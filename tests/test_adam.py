@@ -44,6 +44,28 @@ def test_rate_is_a_factor_of_lr(device, dtype, rng):
     assert all(torch.equal(a, b) for a, b in zip(tensors, want, strict=True))
 
 
+@pytest.mark.parametrize("shape", [(0,), (1,), (7,), (3, 5471)])
+def test_loss_scale_is_a_factor_of_grad_scale(device, dtype, shape, rng):
+    """Whatever it is: the gradients that it has multiplied mean the same."""
+    tensors, want = state(rng, shape, dtype, device), None
+    for factor in (1.0, 2.0**-3, 2.0**15):
+        got = [t.clone() for t in tensors]
+        got[1] *= 16.0 * factor
+        adam_step(*got, *SETTINGS, 16.0, loss_scale=torch.tensor([factor], device=device))
+        want = got if want is None else want
+        for i in (0, 2, 3, 4, 5):
+            assert torch.equal(got[i], want[i])
+    check(tensors, *SETTINGS, 1.0, None, None, torch.tensor([3.7], device=device))
+
+
+def test_what_overflows_under_the_loss_scale_skips_the_update(device, rng):
+    """Unscaled, the gradient would be finite."""
+    tensors = state(rng, 9, device=device)
+    tensors[1].fill_(3e38)
+    adam_step(*tensors, *SETTINGS, loss_scale=torch.tensor([1e-2], device=device))
+    assert tensors[5].item() == 3
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", [0, 40000])
 def test_non_finite_gradient_skips_the_update(device, dtype, bad, where, rng):
@@ -217,10 +239,11 @@ def test_optimizer_keeps_half_copies(device, rng):
         (11, torch.zeros(3), TypeError, r"`param_half`: expected float16 .*, got float32 \(3,\)"),
         (11, torch.zeros(4).half(), ValueError, r"`param_half`: .*, got float16 \(4,\)"),
         (12, torch.zeros(2), ValueError, r"`rate`: expected float32 .* \(1,\), got float32 \(2,\)"),
+        (13, torch.zeros(2), ValueError, r"`loss_scale`: expected float32 .*, got float32 \(2,\)"),
     ],
 )
 def test_bad_input(index, value, error, message, rng):
-    arguments = [*state(rng, 3), *SETTINGS, 1.0, None, None]
+    arguments = [*state(rng, 3), *SETTINGS, 1.0, None, None, None]
     arguments[index] = value
     with pytest.raises(error, match=message):
         adam_step(*arguments)

@@ -75,9 +75,30 @@ def test_gradients_are_divided_by_their_scale(name):
         model, optimizer, backward = problem(name)
         for _ in range(3):
             backward(scale)
-            optimizer.step(grad_scale=scale)
+            optimizer.step(loss_scale=torch.tensor([scale]))
         results.append(values(model))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_scale_halves_at_a_skip_and_grows_after_whole_updates(monkeypatch):
+    monkeypatch.setattr(optimizers, "GROW_EVERY", 3)
+    scale, skipped = optimizers.LossScale(torch.device("cpu")), torch.zeros(1, dtype=torch.int32)
+    values = []
+    for bad in (0, 0, 0, 1, 0, 0, 0, 2, 0):  # updates skipped in a step, e.g. of two tensors
+        skipped += bad
+        scale.update(skipped)
+        values.append(scale.value.item() / 128)
+    assert values == [1, 1, 2, 1, 1, 1, 2, 1, 1]
+    again = optimizers.LossScale(torch.device("cpu"))
+    again.load({k: v.clone() for k, v in scale.tensors().items()})
+    for s, count in ((scale, skipped), (again, torch.zeros_like(skipped))):
+        for _ in range(2):  # a resumed run counts its skips anew
+            s.update(count)
+    assert scale.value.item() == again.value.item() == 256.0
+    for _ in range(60):
+        skipped += 1
+        scale.update(skipped)
+    assert scale.value.item() == scale.LEAST
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -54,6 +54,7 @@ template <class T> void adam() {
   a.step = filled<int32_t>(1), a.skipped = filled<int32_t>(1), a.found = filled<int32_t>(1);
   a.param_half = numbers<half>(a.n), a.factors = numbers<T>(ADAM_FACTORS);
   a.lr = 0.01, a.beta1 = 0.9, a.beta2 = 0.99, a.eps = 1e-8, a.grad_scale = 1;
+  a.loss_scale = numbers<float>(1, 1, 2);
   RUN(adam_step, a);
   grad[3] = grad[1099] = T(NAN);  // found by threads of two blocks, or by two of one
   RUN(adam_step, a);

@@ -32,6 +32,7 @@ def adam_step(
     grad_scale: float = 1.0,
     param_half: torch.Tensor | None = None,
     rate: torch.Tensor | None = None,
+    loss_scale: torch.Tensor | None = None,
 ) -> None:
     """Make one step of Adam (Kingma and Ba 2015, algorithm 1) in place.
 
@@ -40,7 +41,7 @@ def adam_step(
 
     Args:
         param: any shape, float32 or float64; changed.
-        grad: shape and dtype of param, gradient times grad_scale.
+        grad: shape and dtype of param, gradient times grad_scale and loss_scale.
         exp_avg: like grad, running mean of the gradient, zero before the first step; changed.
         exp_avg_sq: like grad, running mean of its square, zero before the first step; changed.
         step: (1,) int32 or int64, number of steps made so far; goes up by one.
@@ -54,6 +55,7 @@ def adam_step(
             step that is skipped leaves it as it is.
         rate: (1,) float32 on param's device, a factor of lr: may be changed between replays of a
             CUDA graph, which keeps every plain number.
+        loss_scale: (1,) float32 on param's device, above 0, a factor of grad_scale: likewise.
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device, layout or range is wrong.
     """
@@ -69,12 +71,13 @@ def adam_step(
         raise ValueError(f"argument `grad_scale`: expected more than 0, got {grad_scale}")
     check_tensor("param_half", param_half, torch.float16, *like[1:], optional=True)
     check_tensor("rate", rate, torch.float32, (1,), param.device, optional=True)
+    check_tensor("loss_scale", loss_scale, torch.float32, (1,), param.device, optional=True)
     if param_half is not None and not kernels(param).has_half:
         raise ValueError(f"argument `param_half`: expected None on {param.device}, got a tensor")
     with torch.no_grad():
         torch.ops.dreamfusion_fast.adam_step(
             param, grad, exp_avg, exp_avg_sq, step, skipped, lr, beta1, beta2, eps, grad_scale,
-            param_half, rate,
+            param_half, rate, loss_scale,
         )  # fmt: skip
 
 
@@ -87,7 +90,7 @@ def _check_settings(lr, beta1, beta2, eps):
 
 def _step(
     param, grad, exp_avg, exp_avg_sq, step, skipped, lr, beta1, beta2, eps, grad_scale,
-    param_half=None, rate=None,
+    param_half=None, rate=None, loss_scale=None,
 ):  # fmt: skip
     changed = [param, exp_avg, exp_avg_sq, step, skipped, param_half]
     changed = [t for t in changed if t is not None and not t.is_inference()]
@@ -96,7 +99,7 @@ def _step(
     found, factors = torch.empty_like(skipped), param.new_empty(module.ADAM_FACTORS)
     module.adam_step(
         scalar(param), ptr(param), ptr(grad), ptr(exp_avg), ptr(exp_avg_sq), ptr(step),
-        ptr(skipped), ptr(rate), ptr(param_half), ptr(found), ptr(factors),
+        ptr(skipped), ptr(rate), ptr(loss_scale), ptr(param_half), ptr(found), ptr(factors),
         step.dtype == torch.int64, param.numel(), lr, beta1, beta2, eps, grad_scale, stream(param),
     )  # fmt: skip
 
@@ -104,7 +107,8 @@ def _step(
 register(
     "adam_step(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
     " Tensor(d!) step, Tensor(e!) skipped, float lr, float beta1, float beta2, float eps,"
-    " float grad_scale, Tensor(f!)? param_half=None, Tensor? rate=None) -> ()",
+    " float grad_scale, Tensor(f!)? param_half=None, Tensor? rate=None,"
+    " Tensor? loss_scale=None) -> ()",
     _step,
     lambda *args: None,
 )
@@ -150,8 +154,9 @@ class Adam(torch.optim.Optimizer):
         return self._skipped[device]
 
     @torch.no_grad()
-    def step(self, closure=None, grad_scale: float = 1.0):
-        """Update every parameter that has a gradient; gradients are divided by grad_scale."""
+    def step(self, closure=None, grad_scale: float = 1.0, loss_scale: torch.Tensor | None = None):
+        """Update every parameter that has a gradient; gradients are divided by grad_scale, and by
+        loss_scale (1,), which may change on the device."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -159,10 +164,10 @@ class Adam(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
-                    self._update(param, group, grad_scale)
+                    self._update(param, group, grad_scale, loss_scale)
         return loss
 
-    def _update(self, param, group, grad_scale):
+    def _update(self, param, group, grad_scale, loss_scale):
         state = self.state[param]
         if not state:
             state["step"] = torch.zeros(1, dtype=torch.int32, device=param.device)
@@ -171,7 +176,7 @@ class Adam(torch.optim.Optimizer):
         adam_step(
             param, param.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], state["step"],
             self.skipped_on(param.device), group["lr"], *group["betas"], group["eps"], grad_scale,
-            self._half_copies.get(param), self._rate,
+            self._half_copies.get(param), self._rate, loss_scale,
         )  # fmt: skip
 
     def load_state_dict(self, state_dict):

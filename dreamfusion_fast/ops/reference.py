@@ -105,11 +105,14 @@ def adam_step(
     grad_scale=1.0,
     param_half=None,
     rate=None,
+    loss_scale=None,
 ):
     """In place: Adam (algorithm 1), or only `skipped` + 1 if any gradient is not finite."""
     if rate is not None:
         lr = lr * rate.double()
-    g = grad * (1 / grad_scale)
+    if loss_scale is not None:
+        grad_scale = grad_scale * loss_scale.double()
+    g = (grad * (1 / grad_scale)).to(grad)
     finite = g.isfinite().all()
     t = step.double().squeeze() + 1
     m = beta1 * exp_avg + (1 - beta1) * g
