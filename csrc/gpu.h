@@ -37,6 +37,11 @@ __device__ inline int64_t global_thread() {
 }
 __device__ inline int lane_id() { return threadIdx.x % WARP; }
 
+// A block's shared memory, static and dynamic together, is limited to 48 KiB unless the kernel has
+// asked for more. Who has dynamic memory asks: how much of the static kind there is, the compiler
+// alone knows.
+inline bool asks_for_shared(size_t dynamic_bytes) { return dynamic_bytes > 0; }
+
 // Blocks of `threads` that cover n items.
 inline unsigned blocks_for(int64_t n, int threads) { return unsigned((n + threads - 1) / threads); }
 
@@ -68,7 +73,7 @@ template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
             Stream stream, const A&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (shared_bytes > 48 * 1024)
+  if (asks_for_shared(shared_bytes))
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
           name);
@@ -87,7 +92,8 @@ inline void device_zero(void* p, size_t bytes, Stream stream) {
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
             Stream, const A&... arguments) {
-  emulation::run(name, grid, block, shared_bytes, [&] { kernel(arguments...); });
+  emulation::run(name, grid, block, shared_bytes, asks_for_shared(shared_bytes),
+                 [&] { kernel(arguments...); });
 }
 inline void device_zero(void* p, size_t bytes, Stream) {
   if (bytes) std::memset(p, 0, bytes);

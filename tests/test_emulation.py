@@ -16,7 +16,10 @@ SPEC = importlib.util.find_spec("_emulated")
 if SPEC is None:
     pytest.skip("runs in `make emulated`", allow_module_level=True)
 
-WORKS = "atomics barriers dynamic_shared indices mma no_race shuffles votes warp_sync".split()
+WORKS = (
+    "atomics barriers dynamic_shared indices mma no_race shared_of_two_kinds shuffles votes"
+    " warp_sync"
+).split()
 REPORTED = {  # csrc/emulation/self_test.cu: what is said of each bad kernel
     "bad_configuration": "`divergent_kernel`: invalid configuration: 1025 threads",
     "bad_divergent_barrier": "`divergent_kernel`: threads of a block wait at different barriers",
@@ -29,6 +32,7 @@ REPORTED = {  # csrc/emulation/self_test.cu: what is said of each bad kernel
     "bad_outside_mask": "`outside_mask_kernel`: a shuffle reads a lane that is not in its mask",
     "bad_partial_warp": "`missing_lane_kernel`: a warp collective whose mask names lanes that neve",
     "bad_return_before_barrier": "`early_return_kernel`: a thread has ended while others wait",
+    "bad_shared_of_two_kinds": "`two_kinds_kernel`: 235520 bytes of shared memory",
     "bad_static_overrun": "AddressSanitizer: heap-buffer-overflow.*in static_overrun_kernel",
     "bad_two_masks": "`two_masks_kernel`: .*mask",
     "bad_unwritten_shared": "unwritten shared memory is NaN",

@@ -155,6 +155,9 @@ struct Warp {
 };
 
 // One block of one launch. Everything here belongs to the one thread that holds `mutex`.
+// Bytes of shared memory that a block may have: whoever it is; who has asked for more (sm_90).
+constexpr size_t UNASKED = 48 * 1024, GRANTED = 227 * 1024;
+
 struct Block {
   const std::function<void()>* body;
   std::vector<Thread> threads;
@@ -166,7 +169,8 @@ struct Block {
   unsigned generation = 0;
   char tokens[2];  // of the barriers, in turn
   std::map<const void*, void*> arrays;
-  size_t dynamic_bytes;
+  size_t dynamic_bytes, shared_bytes;  // the latter: static arrays', so far, too
+  bool asked;
   std::string error;
 };
 
@@ -363,11 +367,11 @@ void run_block(Block& b) {
 
 }  // namespace
 
-void run(const char* kernel, dim3 grid, dim3 size, size_t shared_bytes,
+void run(const char* kernel, dim3 grid, dim3 size, size_t shared_bytes, bool asked,
          const std::function<void()>& body) {
   const std::lock_guard<std::mutex> lock(mutex);
   const int n_blocks = int(grid.x * grid.y * grid.z), n = int(size.x * size.y * size.z);
-  if (n < 1 || n > 1024 || shared_bytes > 227 * 1024)
+  if (n < 1 || n > 1024 || shared_bytes > GRANTED)
     throw std::runtime_error("kernel `" + std::string(kernel) + "`: invalid configuration: " +
                              std::to_string(n) + " threads, " + std::to_string(shared_bytes) +
                              " bytes of shared memory");
@@ -391,7 +395,8 @@ void run(const char* kernel, dim3 grid, dim3 size, size_t shared_bytes,
     Block& b = *heap;
     b.body = &body;
     b.sequence = sequence;
-    b.dynamic_bytes = shared_bytes;
+    b.dynamic_bytes = b.shared_bytes = shared_bytes;
+    b.asked = asked;
     b.warps.resize((n + WARP - 1) / WARP);
     b.threads.resize(n);
     const unsigned u = unsigned(k);
@@ -480,6 +485,13 @@ void* shared(const void* key, size_t bytes) {
   void*& p = block->arrays[key];
   if (!p) {
     const size_t size = key ? bytes : block->dynamic_bytes;
+    if (key) block->shared_bytes += size;
+    if (block->shared_bytes > (block->asked ? GRANTED : UNASKED)) {
+      block->error = std::to_string(block->shared_bytes) + " bytes of shared memory, static and "
+                     "dynamic, of " + std::to_string(block->asked ? GRANTED : UNASKED) +
+                     (block->asked ? " that a card has" : " without asking for more");
+      wait();
+    }
     p = fresh(size);
     copy(p, nullptr, size);
   }

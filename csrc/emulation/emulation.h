@@ -48,8 +48,9 @@ extern const Context* current;  // the running CUDA thread's
 enum class Order { forward, reverse, shuffled };
 extern Order order;
 
-// Runs a grid of blocks; body is the kernel with its arguments. Throws std::runtime_error.
-void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+// Runs a grid of blocks; body is the kernel with its arguments. asked: whether the launch has asked
+// for more shared memory than a card grants to everyone. Throws std::runtime_error.
+void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, bool asked,
          const std::function<void()>& body);
 
 struct Site { const char* file; int line; };  // where in a kernel

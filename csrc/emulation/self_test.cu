@@ -273,6 +273,23 @@ __global__ void unwritten_shared_kernel(float* p) {
   p[0] = values[3];
 }
 
+template <int N> __global__ void two_kinds_kernel(int* out) {
+  DF_SHARED(int, fixed, N);
+  DF_DYNAMIC_SHARED(int, given);
+  fixed[threadIdx.x] = given[threadIdx.x] = int(threadIdx.x);
+  out[threadIdx.x] = fixed[threadIdx.x] + given[threadIdx.x];
+}
+void two_kinds(size_t dynamic_bytes) {  // beside 8 KiB of the static kind
+  Array<int> out(32);
+  run("two_kinds_kernel", two_kinds_kernel<2048>, 1, 32, dynamic_bytes, out.p);
+  for (int i = 0; i < 32; ++i) expect(out[i], 2 * i, "two_kinds");
+}
+void works_shared_of_two_kinds() {
+  two_kinds(4 * 1024);
+  two_kinds(44 * 1024);  // together more than a card grants to who does not ask
+}
+void bad_shared_of_two_kinds() { two_kinds(222 * 1024); }
+
 void bad_divergent_barrier() { run("divergent_kernel", divergent_kernel, 1, 32, 0, 0); }
 void bad_return_before_barrier() { run("early_return_kernel", early_return_kernel, 1, 64, 0, 63); }
 void bad_missing_lane() { run("missing_lane_kernel", missing_lane_kernel, 1, 32, 0, 5); }
@@ -353,14 +370,15 @@ template <class A, class B, class F> int convert(const F& f) {
 #define DF_TEST(name) {#name, name}
 const std::map<std::string, std::function<void()>> tests = {
     DF_TEST(works_atomics), DF_TEST(works_barriers), DF_TEST(works_dynamic_shared),
-    DF_TEST(works_indices), DF_TEST(works_mma), DF_TEST(works_shuffles), DF_TEST(works_votes),
-    DF_TEST(works_warp_sync),
+    DF_TEST(works_indices), DF_TEST(works_mma), DF_TEST(works_shared_of_two_kinds),
+    DF_TEST(works_shuffles), DF_TEST(works_votes), DF_TEST(works_warp_sync),
 #if defined(DF_EMULATED)
     DF_TEST(bad_configuration), DF_TEST(bad_divergent_barrier), DF_TEST(bad_dynamic_overrun),
     DF_TEST(bad_global_overrun), DF_TEST(bad_misaligned_load), DF_TEST(bad_misaligned_reduction),
     DF_TEST(bad_missing_lane), DF_TEST(bad_not_in_mask), DF_TEST(bad_outside_mask),
     DF_TEST(bad_partial_warp), DF_TEST(bad_return_before_barrier), DF_TEST(bad_static_overrun),
-    DF_TEST(bad_two_masks), DF_TEST(bad_unwritten_shared), DF_TEST(bad_waiting_warp),
+    DF_TEST(bad_shared_of_two_kinds), DF_TEST(bad_two_masks), DF_TEST(bad_unwritten_shared),
+    DF_TEST(bad_waiting_warp),
     DF_TEST(race_barrier_orders_no_blocks), DF_TEST(race_between_blocks), DF_TEST(race_no_barrier),
     DF_TEST(race_no_second_barrier), DF_TEST(race_no_second_warp_sync), DF_TEST(race_no_warp_sync),
     DF_TEST(race_shuffle_is_no_barrier), DF_TEST(race_warp_sync_orders_no_blocks),
