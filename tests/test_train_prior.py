@@ -1,5 +1,6 @@
 """The prior's training: it goes on where it stopped, and refuses what it cannot go on from."""
 
+import copy
 import json
 import os
 import signal
@@ -10,10 +11,12 @@ import time
 import pytest
 import torch
 
+from dreamfusion_fast.guidance import load_pipeline
 from dreamfusion_fast.toybox import train_prior, training
 from dreamfusion_fast.toybox.train_prior import PriorConfig, Trainer
 from dreamfusion_fast.toybox.training import settings
 
+TOKENS = "token_embedding.weight"
 SMALL = dict(steps=6, batch=4, views_per_object=1, channels=(16, 16, 32), threads=1, warmup=2)
 
 
@@ -107,6 +110,32 @@ def test_going_on_from_a_shipped_average(tmp_path):
     )
     with pytest.raises(ValueError, match="`--start`: expected a pipeline of this network"):
         Trainer(other, tmp_path / "third")
+
+
+def test_going_on_from_a_prior_of_fewer_words_and_no_camera(tmp_path, monkeypatch):
+    """Words are known by themselves, not by their numbers; what is new begins untrained."""
+    first = finish(tmp_path / "first", steps=2)
+    pipeline = load_pipeline(str(tmp_path / "first/pipeline"))
+    blind = copy.deepcopy(pipeline.unet)
+    config = {**blind.config, "class_embed_type": None}
+    blind = type(blind).from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    blind.load_state_dict(pipeline.unet.state_dict(), strict=False)
+    pipeline.unet = blind
+    pipeline.save_pretrained(tmp_path / "blind")
+    monkeypatch.setattr(
+        train_prior.world, "VOCABULARY", ("zeppelin", *train_prior.world.VOCABULARY)
+    )
+    config = PriorConfig(**SMALL, start=str(tmp_path / "blind"))
+    (tmp_path / "second").mkdir()
+    second = Trainer(config, tmp_path / "second")
+    rows = next(p for n, p in second.text.named_parameters() if n.endswith(TOKENS))
+    stored = load_pipeline(str(tmp_path / "first/pipeline")).text_encoder.state_dict()
+    stored = next(v for k, v in stored.items() if k.endswith(TOKENS))
+    words = [t.tokenizer.get_vocab() for t in (first, second)]
+    for word in ("car", "red", "[EOS]"):
+        assert torch.equal(rows[words[1][word]], stored[words[0][word]])
+    assert words[0]["car"] != words[1]["car"]
+    assert not second.unet.class_embedding.linear_2.weight.any()
 
 
 def test_settings_are_kept_and_changed(tmp_path):

@@ -172,11 +172,21 @@ class Trainer:
         export(self.training.shadow, self.config, self.scheduler, self.folder / "pipeline")
 
     def _start_from(self, folder: str) -> None:
-        """Take the weights of a shipped average; the moments begin anew, behind a warm-up."""
+        """Take the weights of a shipped average; the moments begin anew, behind a warm-up. It may
+        know fewer words, and no camera: what it lacks begins untrained."""
         pipeline = load_pipeline(folder)
+        text, unet = pipeline.text_encoder.state_dict(), pipeline.unet.state_dict()
+        name = next(k for k in text if k.endswith("token_embedding.weight"))
+        ours, theirs = self.tokenizer.get_vocab(), pipeline.tokenizer.get_vocab()
+        rows = self.text.state_dict()[name].clone()
+        for word in ours.keys() & theirs.keys():
+            rows[ours[word]] = text[name][theirs[word]]
+        text[name] = rows
+        mine = self.unet.state_dict()
+        unet = {k: mine[k] for k in mine if k.startswith("class_embedding.")} | unet
         try:
-            self.text.load_state_dict(pipeline.text_encoder.state_dict())
-            self.unet.load_state_dict(pipeline.unet.state_dict())
+            self.text.load_state_dict(text)
+            self.unet.load_state_dict(unet)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[1].strip()
             raise ValueError(
