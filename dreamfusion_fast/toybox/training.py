@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from pytorch_optimizer import Muon
 from torch import Tensor, nn
 
 from ..checkpoint import write_atomically
@@ -36,7 +35,7 @@ class TrainingConfig:
 
 
 def build_optimizer(net: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Raises ValueError for an unknown name."""
+    """Raises ValueError for an unknown name, or where pytorch_optimizer is not installed."""
     c = config
     if c.optimizer == "adamw":
         return torch.optim.AdamW(
@@ -44,6 +43,13 @@ def build_optimizer(net: nn.Module, config: TrainingConfig) -> torch.optim.Optim
         )
     if c.optimizer != "muon":
         raise ValueError(f"argument `--optimizer`: expected muon or adamw, got {c.optimizer!r}")
+    try:
+        from pytorch_optimizer import Muon
+    except ImportError:
+        raise ValueError(
+            "argument `--optimizer`: expected adamw, as muon is pytorch_optimizer's, which is not "
+            "installed: pip install 'dreamfusion-fast[optimizers]'"
+        ) from None
     matrices, rest = [], []
     for name, p in net.named_parameters():
         inner = p.ndim > 1 and not any(part in ENDS for part in name.split("."))
