@@ -185,16 +185,8 @@ def sanitizer(tool: str):
         )
         if found is None:
             return {"ok": True, "note": "compute-sanitizer is absent: nothing was checked"}
-        options = [
-            "--tool",
-            tool,
-            "--error-exitcode",
-            "9",
-            "--target-processes",
-            "all",
-            "--report-api-errors",
-            "no",
-        ]  # torch asks for what a card may lack
+        options = ["--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+        options += ["--report-api-errors", "no"]  # torch asks for what a card may lack
         env = {**check.env, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         result = run([found, *options, *program], limit, check.root, env)
         check.record[tool] = {"status": result["status"], "output": tail(result["output"], 60)}
