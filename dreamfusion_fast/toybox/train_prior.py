@@ -32,6 +32,7 @@ from .pictures import SIZE, Batch, Pictures
 from .training import Training, TrainingConfig, autocast, averaged, settings
 
 UNSHUFFLE = 4
+FAST = "class_embedding"  # the camera's part: what it says is faint at first among much noise
 MEASURES = ["loss", *(f"loss_t{k}" for k in range(1, 5))]  # all, and by quarter of the t range
 
 
@@ -101,9 +102,6 @@ def build_models(
         class_embed_type="projection",
         projection_class_embeddings_input_dim=camera.N_NUMBERS,
     )
-    # A camera says nothing before training has made it do so.
-    nn.init.zeros_(unet.class_embedding.linear_2.weight)
-    nn.init.zeros_(unet.class_embedding.linear_2.bias)
     # torch's fused attention is many times slower than two matmuls at these sizes on a CPU.
     unet.set_attn_processor(AttnAddedKVProcessor())
     return text, unet.to(memory_format=torch.channels_last)
@@ -134,7 +132,7 @@ class Trainer:
             self._start_from(config.start)
         net = nn.ModuleDict({"text": self.text, "unet": self.unet})
         kind = {"channels": list(config.channels), "words": self.tokenizer.vocab_size}
-        self.training = Training(net, config, folder, kind, MEASURES)
+        self.training = Training(net, config, folder, kind, MEASURES, FAST)
         self.scheduler = DDPMScheduler(
             trained_betas=shifted_cosine_betas(), prediction_type="v_prediction", clip_sample=True
         )
