@@ -72,7 +72,9 @@ def score(
         clay_texts = metrics.clay_prompts() if clip is None else prompts
         for folder, text in zip(runs, texts):
             renderer, place = load_renderer(folder, device), prompts.index(text)
-            colour = metrics.colour_precision(renderer, judge, prompts, place)
+            colour = metrics.r_precision(
+                judge, metrics.judged_views(renderer, judge), prompts, place
+            )
             place = _object(text) if clip is None else place
             geometry = metrics.geometry_precision(renderer, judge, clay_texts, place)
             scores.append(Score(str(folder), text, clip or EMBEDDED, colour, geometry))

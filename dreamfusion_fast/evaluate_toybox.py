@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict] = {  # name -> settings; the paper's ablation from "wi
     "+views": {**WORDS, "shading.lit": 0.0},
     "+lighting": {**WORDS, "shading.textureless": 0.0},
     "+textureless": WORDS,  # the paper's full method
-    "+camera": {**WORDS, "guidance.camera": None},  # beyond the paper: the network is told it
+    "+camera": {**WORDS, "guidance.camera": True},  # beyond the paper: the network is told it
     "dream-fields": {"guidance.name": "clip"},
     "paper-field": {"field.name": "paper"},
 }

@@ -275,10 +275,15 @@ class ColourPrecision(NamedTuple):
     same_object: float
 
 
+def judged_views(renderer, judge, mode: str = "albedo") -> Tensor:
+    """Pictures of a result as the paper's R-Precision takes them: AZIMUTHS at 30 degrees."""
+    return export.render_views(renderer, orbit(AZIMUTHS, ELEVATION), judge.image_size, mode=mode)
+
+
 def colour_precision(renderer, judge, colour: str, name: str) -> ColourPrecision:
-    """R-Precision of a result's albedo, as the paper measures it: 30 degrees of elevation, averaged
-    over azimuths. The prompts are those of all pairs of colour and object."""
-    images = export.render_views(renderer, orbit(AZIMUTHS, ELEVATION), judge.image_size)
+    """R-Precision of a result's albedo, averaged over azimuths, among the prompts of all pairs of
+    colour and object, and among parts of them."""
+    images = judged_views(renderer, judge)
     pairs = world.all_pairs()
     among = (
         pairs,
@@ -295,9 +300,7 @@ def colour_precision(renderer, judge, colour: str, name: str) -> ColourPrecision
 
 def geometry_precision(renderer, judge, prompts: list[str], index: int) -> float:
     """The same of textureless pictures: white, lit, so that nothing but form can tell."""
-    cameras = orbit(AZIMUTHS, ELEVATION)
-    images = export.render_views(renderer, cameras, judge.image_size, mode="textureless")
-    return r_precision(judge, images, prompts, index)
+    return r_precision(judge, judged_views(renderer, judge, "textureless"), prompts, index)
 
 
 def clay_prompts() -> list[str]:

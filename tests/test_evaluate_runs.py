@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from dreamfusion_fast import cli, evaluate_runs, export, judges, metrics, train
 from dreamfusion_fast.config import preset
 from dreamfusion_fast.toybox.train_prior import build_tokenizer
-from dreamfusion_fast.toybox.train_scorer import build_model
+from dreamfusion_fast.toybox.train_scorer import ScorerConfig, build_model
 from dreamfusion_fast.toybox.train_scorer import export as export_clip
 
 
@@ -42,7 +42,7 @@ def clip(tmp_path_factory):
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
     model = build_model(len(tokenizer))
-    export_clip([p.detach() for p in model.parameters()], tokenizer, folder)
+    export_clip([p.detach() for p in model.parameters()], tokenizer, folder, ScorerConfig())
     return folder
 
 
