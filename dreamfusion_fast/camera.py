@@ -48,9 +48,8 @@ def flattened(cameras: Cameras) -> Tensor:
     """(B, 13) numbers of about 1, as a network is told where it looks from: the rows of the 3x4
     camera-to-world matrix, its position over 1.4 scene units, then the focal length in image
     widths. On the cameras' device, without waiting for it."""
-    scale = cameras.c2w.new_ones(4)
-    scale[3] = 1.0 / POSITION_SCALE
-    return torch.cat(((cameras.c2w * scale).flatten(1), cameras.focal[:, None]), 1)
+    turn, position = cameras.c2w[:, :, :3], cameras.c2w[:, :, 3:] / POSITION_SCALE
+    return torch.cat((torch.cat((turn, position), 2).flatten(1), cameras.focal[:, None]), 1)
 
 
 def mirrored(cameras: Cameras) -> Cameras:

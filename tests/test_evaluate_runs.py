@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from dreamfusion_fast import cli, evaluate_runs, export, judges, metrics, train
 from dreamfusion_fast.config import preset
+from dreamfusion_fast.toybox import shapes
 from dreamfusion_fast.toybox.train_prior import build_tokenizer
 from dreamfusion_fast.toybox.train_scorer import ScorerConfig, build_model
 from dreamfusion_fast.toybox.train_scorer import export as export_clip
@@ -78,7 +79,8 @@ def test_runs_are_judged_by_every_clip(finished, clip, grey, monkeypatch):
     prompts = ["a blue ball", "a red car", "a green tree"]
     scores = evaluate_runs.score([finished], prompts, [str(clip)])
     scores += evaluate_runs.score([finished], prompts)
-    assert asked == [(3, "a red car"), (3, "a red car"), (3, "a red car"), (24, "a grey clay car")]
+    of_clay = len(shapes.OBJECTS), "a grey clay car"
+    assert asked == [(3, "a red car")] * 3 + [of_clay]
     assert [s.judge for s in scores] == [str(clip), "toybox"]
     assert all(0 <= s.colour <= 1 and 0 <= s.geometry <= 1 for s in scores)
     table = evaluate_runs.markdown(scores, len(prompts))
