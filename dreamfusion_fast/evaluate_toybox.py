@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict] = {  # name -> settings; the paper's ablation from "wi
     "dream-fields": {"guidance.name": "clip"},
     "paper-field": {"field.name": "paper"},
 }
-MEASURES = 3  # version of the measures: another one makes stored results out of date
+MEASURES = 4  # version of the measures: another one makes stored results out of date
 VIEWS_SIZE = 96  # pixels, of a picture in the overview
 
 

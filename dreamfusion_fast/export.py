@@ -26,6 +26,7 @@ from .config import RenderConfig
 
 DISTANCE, FOCAL = 1.5, 1.0  # of the exported views, scene units and image widths
 SIZE = 256  # pixels, of what a run leaves behind
+SKIN = 0.15  # of the matter's median density: where soft matter has its surface
 FOG = 0.15  # scene units: what takes longer to halve the light is no surface
 SPECK = 0.005  # components smaller than this share of the largest are dropped
 _CHUNK = 1 << 18  # points evaluated at once
@@ -67,10 +68,11 @@ def solid(
 
     Without `iso` the level is what pictures are trained against: the density at which one step of
     the renderer, `step` scene units, takes half of the light, ln 2 / step. Where the matter itself
-    is softer, it is half of the matter's median density, but no less than takes half of the light
-    in FOG scene units: thinner is fog. Cavities that no path from outside reaches are filled, since
-    no training view sees inside an opaque surface. Specks are dropped. The result is empty where no
-    density reaches the level.
+    is softer, it is SKIN of the matter's median density (measured: of 0.1 to 0.5 the share with the
+    largest IoU over all toybox objects, with the embedded prior and with exact scores), but no less
+    than takes half of the light in FOG scene units: thinner is fog. Cavities that no path from
+    outside reaches are filled, since no training view sees inside an opaque surface. Specks are
+    dropped. The result is empty where no density reaches the level.
     """
     level = _level(density, step) if iso is None else float(iso)
     filled = ndimage.binary_fill_holes(density > level)
@@ -87,7 +89,7 @@ def _level(density: np.ndarray, step: float) -> float:
     matter = density[density > fog]
     if not matter.size:
         return fog
-    return max(fog, min(math.log(2.0) / step, 0.5 * float(np.median(matter))))
+    return max(fog, min(math.log(2.0) / step, SKIN * float(np.median(matter))))
 
 
 def mesh(

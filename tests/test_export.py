@@ -87,11 +87,12 @@ def test_solid_fills_cavities_and_drops_specks():
 
 
 def test_the_level_is_where_a_step_takes_half_of_the_light():
-    dense = np.full((8, 8, 8), 200.0)
+    dense = np.full((8, 8, 8), 900.0)
     for step in (0.025, 0.0125):
         assert export.solid(dense, step=step)[1] == pytest.approx(math.log(2) / step)
-    soft = np.full((8, 8, 8), 20.0)  # two steps take half of the light
-    assert export.solid(soft)[1] == pytest.approx(10.0) and export.solid(soft)[0].all()
+    soft = np.full((8, 8, 8), 60.0)
+    assert export.solid(soft)[1] == pytest.approx(60.0 * export.SKIN)
+    assert export.solid(soft)[0].all()
     thin = np.full((8, 8, 8), 6.0)
     assert export.solid(thin)[1] == pytest.approx(math.log(2) / export.FOG)
 
