@@ -69,7 +69,7 @@ def solid(
     Without `iso` the level is what pictures are trained against: the density at which one step of
     the renderer, `step` scene units, takes half of the light, ln 2 / step. Where the matter itself
     is softer, it is SKIN of the matter's median density (measured: of 0.1 to 0.5 the share with the
-    largest IoU over all toybox objects, with the embedded prior and with exact scores), but no less
+    largest IoU of 14 toybox objects, with the embedded prior and with exact scores), but no less
     than takes half of the light in FOG scene units: thinner is fog. Cavities that no path from
     outside reaches are filled, since no training view sees inside an opaque surface. Specks are
     dropped. The result is empty where no density reaches the level.
