@@ -2,7 +2,8 @@
 
 Of many candidate prompts, how often is the one that a picture was made from the most similar?
 Here the judge is the toybox's own small CLIP (see train_scorer.py); any other CLIP folder of
-transformers loads the same way. It is never used as guidance.
+transformers loads the same way. Where Dream Fields is guided by it, its own figures stand in
+parentheses.
 """
 
 from __future__ import annotations
